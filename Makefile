@@ -1,0 +1,62 @@
+# Lethe. `make bench METHOD=uniforget` and `make test` set everything up on first use.
+PYTHON   ?= python3.11
+VENV     ?= .venv
+METHOD   ?=
+MODEL    ?=
+SUITE    ?= planted
+STRENGTH ?= all
+ENGINE   ?= local
+RUNS     ?= runs
+SITE     ?= site
+THREADS  ?= 0
+WORKERS  ?= 1
+SET      ?=
+
+LETHE  = $(VENV)/bin/lethe
+SETUP  = $(VENV)/.installed
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help setup bench test leaderboard check models lint format clean
+.DEFAULT_GOAL := help
+
+help: ## Show the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(SETUP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found: give a Python 3.11 or newer as PYTHON=..."; exit 2; }
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+setup: $(SETUP) ## Install Lethe and all it needs into .venv
+
+bench: $(SETUP) ## Run a method: METHOD=uniforget [SUITE=planted] [STRENGTH=all] [MODEL=] [SET='k=v']
+	@test -n "$(METHOD)" || { echo "make: say which method: make bench METHOD=uniforget"; exit 2; }
+	$(LETHE) bench "$(METHOD)" --suite "$(SUITE)" --strength "$(STRENGTH)" --engine $(ENGINE) --runs "$(RUNS)" --site "$(SITE)" --threads $(THREADS) --workers $(WORKERS) $(if $(MODEL),--model "$(MODEL)") $(foreach s,$(SET),--set "$(s)")
+
+test: $(SETUP) ## Run the tests
+	$(VENV)/bin/python -m pytest -q
+
+leaderboard: $(SETUP) ## Write site/index.html from the results in RUNS
+	$(LETHE) leaderboard --runs "$(RUNS)" --out "$(SITE)"
+
+check: $(SETUP) ## Run the contract suite on a method: METHOD=./my_method.py:MyMethod
+	@test -n "$(METHOD)" || { echo "make: say which method: make check METHOD=uniforget"; exit 2; }
+	$(LETHE) check "$(METHOD)"
+
+models: $(SETUP) ## Train the built-in models from nothing (resumes where it was stopped)
+	$(LETHE) train --threads $(THREADS)
+
+lint: $(SETUP) ## Lint, format check and strict type check
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(SETUP) ## Format the code
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean: ## Remove the environment and build products (not the results)
+	rm -rf $(VENV) build *.egg-info benchmark/*.egg-info

@@ -1,0 +1,416 @@
+"""The runner: suite + methods -> plan -> fit -> generate -> score -> rows."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lethebench import provenance
+from lethebench.composition import Recipe, recipes
+from lethebench.engines import Engine, Failure, engine
+from lethebench.errors import RunError, UserError
+from lethebench.method import Knowledge
+from lethebench.plan import (
+    RowPlan,
+    Runtime,
+    judges_sha256,
+    manifest_sha256,
+    prompt_set,
+    weights_sha256,
+)
+from lethebench.progress import progress
+from lethebench.registry import METHODS, METRICS, MODELS
+from lethebench.row import Cost, Provenance, Row, ScoreRecord, Slice, SuiteKey, read_row
+from lethebench.specs import Suite, load_suite
+from lethebench.store import Store, digest, explained, file_sha256, write_atomic
+from lethebench.work import Job
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+STAGES = ("fit", "shard", "scores")
+_BYTES_AN_IMAGE = 64 * 1024
+"""Rough room a stored image takes with latents, scores and its PNG: for the check of free space."""
+
+
+@dataclass
+class Outcome:
+    """What a run did: its rows, what it computed and what it found already there."""
+
+    rows: list[Row] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    computed: dict[str, int] = field(default_factory=lambda: dict.fromkeys((*STAGES, "row"), 0))
+    seconds: float = 0.0
+
+
+def plan_rows(
+    methods: Sequence[str],
+    suite: Suite,
+    model: str,
+    *,
+    strength: str = "all",
+    overrides: Mapping[str, Any] | None = None,
+    runtime: Runtime | None = None,
+    controls: bool = True,
+) -> list[RowPlan]:
+    """The rows of a run, base first, then the suite's controls, then the methods. Raises UserError.
+
+    ``methods`` may hold ``all``: every registered method that is not a control. Everything that can
+    be wrong with names and settings is found here, before any work.
+    """
+    runtime = runtime or Runtime()
+    names = [n for m in methods for n in (_every_method() if m == "all" else [m])]
+    found: dict[tuple[str, str], Recipe] = {}
+    for name in ("base", *(suite.controls if controls else ())):
+        for recipe in recipes(name, "all", None, suite.fit):
+            found.setdefault((recipe.name, recipe.setting), recipe)
+    for name in names:
+        for recipe in recipes(name, strength, overrides, suite.fit):
+            found.setdefault((recipe.name, recipe.setting), recipe)
+    for metric in suite.metrics:
+        METRICS.get(metric)
+    return [RowPlan(suite, model, recipe, runtime) for recipe in found.values()]
+
+
+def _every_method() -> list[str]:
+    return [name for name, cls in METHODS.items() if not cls.control]
+
+
+def run(
+    methods: Sequence[str],
+    *,
+    suite: str | Suite = "planted",
+    model: str | None = None,
+    strength: str = "all",
+    overrides: Mapping[str, Any] | None = None,
+    runs: str | Path = "runs",
+    engine_name: str = "local",
+    workers: int = 1,
+    runtime: Runtime | None = None,
+    until: str = "row",
+    controls: bool = True,
+) -> Outcome:
+    """Bench methods on a suite and write their rows. What is in the store already is not done again.
+
+    ``until`` stops after ``fit``, ``shard`` (images) or ``scores``. Raises UserError for what the
+    user must mend; a job that fails makes its row ``failed`` and stops nothing else.
+    """
+    began = time.monotonic()
+    spec = suite if isinstance(suite, Suite) else load_suite(suite)
+    runs = Path(runs)
+    plans = plan_rows(
+        methods, spec, model or spec.model, strength=strength, overrides=overrides, runtime=runtime, controls=controls
+    )
+    _check_model(plans[0].model)
+    runner = engine(engine_name, workers)
+    store = Store(runs / "store")
+    store.prepare()
+    outcome = Outcome()
+    pending = [p for p in plans if not _current(p, plans[0], runs, outcome)] if until == "row" else list(plans)
+    if pending:
+        _check_space(pending, store)
+        _work(pending, plans[0], store, runner, outcome, until)
+    if until == "row":
+        for plan in pending:
+            _write_row(plan, plans[0], store, runs, outcome)
+        _write_references(plans[0], runs)
+        order = {(p.recipe.name, p.recipe.setting): i for i, p in enumerate(plans)}
+        outcome.rows.sort(key=lambda r: order[(r.method, r.setting)])
+    outcome.seconds = time.monotonic() - began
+    return outcome
+
+
+def _check_model(name: str) -> None:
+    """Raise now what loading the model would raise later: unknown names, damaged files."""
+    from lethebench.zoo import check_model
+
+    check_model(name)
+    if name in MODELS or Path(name).is_dir():
+        weights_sha256(name)
+
+
+def _check_space(plans: Sequence[RowPlan], store: Store) -> None:
+    import shutil
+
+    need = _BYTES_AN_IMAGE * sum(len(p.images) for p in plans)
+    free = shutil.disk_usage(store.root).free
+    if free < need:
+        raise UserError(
+            f"the disk of {store.root} is full: about {need >> 20} MiB are needed and {free >> 20} MiB free; "
+            "free some space and run again; nothing is lost"
+        )
+
+
+def _work(
+    plans: Sequence[RowPlan], base: RowPlan, store: Store, runner: Engine, outcome: Outcome, until: str
+) -> None:
+    """Run what the store lacks, stage by stage; a row with a failure goes no further."""
+    rows = list(plans) if base in plans else [base, *plans]
+    rows = [p for p in rows if p.recipe.unsupported(_family(p.model)) is None]
+    for stage in STAGES:
+        failed = {_row_name(f.job) for f in outcome.failures}
+        jobs = [j for p in rows for j in missing(p, stage, store) if _row_name(j) not in failed]
+        if jobs:
+            with progress({"fit": "fit", "shard": "generate", "scores": "score"}[stage], total=len(jobs)) as bar:
+                before = len(outcome.failures)
+                outcome.failures += runner.run(jobs, lambda job: bar.advance(1, str(job)))
+            outcome.computed[stage] += len(jobs) - (len(outcome.failures) - before)
+        if stage == until:
+            return
+
+
+def _row_name(job: Job) -> tuple[tuple[str, ...], tuple[str, ...], tuple[tuple[str, Any], ...]]:
+    return job.specs, job.strengths, job.overrides
+
+
+def _family(model: str) -> str:
+    from lethebench.zoo import family_of
+
+    return family_of(model)
+
+
+def missing(plan: RowPlan, stage: str, store: Store) -> list[Job]:
+    """The jobs of one stage of a row whose results the store lacks."""
+    if stage == "fit":
+        numbers = [i for i in range(len(plan.recipe.parts)) if store.find("fit", plan.fit_key(i)) is None]
+    elif stage == "shard":
+        numbers = [i for i in range(len(plan.shards)) if store.find("shard", plan.shard_key(i)) is None]
+    else:
+        numbers = [
+            i
+            for i in range(len(plan.shards))
+            if any(store.find("scores", plan.scores_key(i, m)) is None for m in plan.suite.metrics)
+        ]
+    return [Job.of(stage, n, plan, store) for n in numbers]
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+def _current(plan: RowPlan, base: RowPlan, runs: Path, outcome: Outcome) -> bool:
+    """Whether the row on disk is the result of exactly this plan; if so it is kept."""
+    folder = plan.folder(runs)
+    try:
+        made = json.loads((folder / "made.json").read_text())
+        same = made["key"] == digest(plan.row_key(base)) and made["row"] == file_sha256(folder / "row.json")
+        if not same or any(file_sha256(folder / n) != s for n, s in made["files"].items()):
+            return False
+        outcome.rows.append(read_row(folder / "row.json"))
+    except (OSError, ValueError, KeyError, UserError):
+        return False
+    return True
+
+
+def _write_row(plan: RowPlan, base: RowPlan, store: Store, runs: Path, outcome: Outcome) -> None:
+    folder = plan.folder(runs)
+    unsupported = plan.recipe.unsupported(_family(plan.model))
+    failed = [f for f in outcome.failures if _same_row(f.job, plan) or _same_row(f.job, base)]
+    table = None
+    if unsupported is not None:
+        row = _empty_row(plan, "not-applicable", unsupported)
+    elif failed:
+        row = _empty_row(plan, "failed", failed[0].error)
+    else:
+        from lethebench.work import row_table
+
+        table = row_table(plan, store)
+        row = _scored_row(plan, base, table, store)
+    with explained(runs):
+        folder.mkdir(parents=True, exist_ok=True)
+        files = {}
+        if table is not None:
+            _write_images(plan, store, folder)
+            table.to_parquet(folder / ".images.tmp", index=False)
+            (folder / ".images.tmp").replace(folder / "images.parquet")
+            files["images.parquet"] = file_sha256(folder / "images.parquet")
+        if failed:
+            write_atomic(folder / "failure.txt", failed[0].traceback.encode())
+        else:
+            (folder / "failure.txt").unlink(missing_ok=True)
+        write_atomic(folder / "row.json", row.to_json().encode())
+        if row.status == "ok":
+            made = {"key": digest(plan.row_key(base)), "row": file_sha256(folder / "row.json"), "files": files}
+            write_atomic(folder / "made.json", json.dumps(made).encode())
+    outcome.rows.append(row)
+    outcome.computed["row"] += 1
+
+
+def _same_row(job: Job, plan: RowPlan) -> bool:
+    return _row_name(job) == _row_name(Job.of("fit", 0, plan, Store(Path(job.store))))
+
+
+def _empty_row(plan: RowPlan, status: Any, reason: str) -> Row:
+    now = _now()
+    return Row(**_identity(plan), status=status, reason=reason, scores={}, provenance=_provenance(plan, now, now))
+
+
+def _identity(plan: RowPlan) -> dict[str, Any]:
+    recipe, suite = plan.recipe, plan.suite
+    axes = {"suppression": suite.suppression.model_dump(), "adherence": suite.adherence.model_dump()}
+    return {
+        "suite": SuiteKey(name=suite.name, version=suite.version),
+        "model": Path(plan.model).name,
+        "method": recipe.name,
+        "setting": recipe.setting,
+        "control": recipe.control,
+        "family": recipe.family,
+        "knowledge": tuple(k for k in map(str, Knowledge) if k in {str(x) for x in recipe.knowledge}),
+        "summary": " + ".join(p.summary for p in recipe.parts),
+        "citation": "; ".join(dict.fromkeys(p.citation for p in recipe.parts if p.citation)),
+        "config": {"method": recipe.config(), "sampler": suite.sampler.model_dump(mode="json")},
+        "seeds": {"noise": f"sha256(noise, {suite.key}, prompt id, image index)", "fit": "sha256(fit, suite, method)"},
+        "axes": axes,
+    }
+
+
+def _scored_row(plan: RowPlan, base: RowPlan, table: pd.DataFrame, store: Store) -> Row:
+    from lethebench import stats
+    from lethebench.work import row_table
+
+    suite = plan.suite
+    is_base = plan == base
+    base_table = None if is_base else row_table(base, store)
+    scores: dict[str, ScoreRecord] = {}
+    slices: list[Slice] = []
+    metrics = {}
+    for name in suite.metrics:
+        metric = METRICS.get(name)()
+        metrics[name] = {"version": metric.version, "source": metric.source, **_facts(plan, name, store)}
+        for score in metric.scores:
+            seed = (suite.key, score.name)
+            scores[score.name] = stats.summarise(
+                metric, score, table, base_table, resamples=suite.bootstrap, seed_parts=seed
+            )
+            slices += stats.slices(metric, score, table, resamples=suite.bootstrap, seed_parts=seed)
+    base_scores = None if is_base else _base_scores(base, base_table, suite)
+    warnings = stats.guards(scores, base_scores) if base_scores else []
+    started, cost = _cost(plan, base, store)
+    return Row(
+        **_identity(plan),
+        status="ok",
+        scores=scores,
+        slices=tuple(slices),
+        metrics=metrics,
+        cost=cost,
+        provenance=_provenance(plan, started, _now()),
+        warnings=tuple(warnings),
+    )
+
+
+def _base_scores(base: RowPlan, table: pd.DataFrame | None, suite: Suite) -> dict[str, ScoreRecord]:
+    from lethebench import stats
+
+    assert table is not None
+    found = {}
+    for name in suite.metrics:
+        metric = METRICS.get(name)()
+        for score in metric.scores:
+            found[score.name] = stats.summarise(
+                metric, score, table, None, resamples=100, seed_parts=(suite.key, score.name)
+            )
+    return found
+
+
+def _facts(plan: RowPlan, metric: str, store: Store) -> dict[str, Any]:
+    found = store.find("scores", plan.scores_key(0, metric))
+    return json.loads((found / "facts.json").read_text()) if found is not None else {}
+
+
+def _measured(plan: RowPlan, stage: str, store: Store) -> list[dict[str, Any]]:
+    numbers = range(len(plan.recipe.parts)) if stage == "fit" else range(len(plan.shards))
+    keys = [plan.fit_key(n) if stage == "fit" else plan.shard_key(n) for n in numbers]
+    return [json.loads((store.path(stage, k) / "measured.json").read_text()) for k in keys]
+
+
+def _cost(plan: RowPlan, base: RowPlan, store: Store) -> tuple[str, Cost]:
+    fits, shards = _measured(plan, "fit", store), _measured(plan, "shard", store)
+    own, of_base = _per_image(shards), _per_image(_measured(base, "shard", store))
+    peaks = [m["peak_memory_bytes"] for m in (*fits, *shards) if m["peak_memory_bytes"] is not None]
+    facts: dict[str, Any] = {}
+    for part in range(len(plan.recipe.parts)):
+        record = json.loads((store.path("fit", plan.fit_key(part)) / "artefact.json").read_text())
+        facts.update(record["facts"])
+    cost = Cost(
+        fit_seconds=sum(m["seconds"] for m in fits),
+        seconds_per_image=own,
+        relative_to_base=own / of_base if of_base else None,
+        peak_memory_bytes=max(peaks, default=None),
+        parameters_changed=facts.get("parameters_changed"),
+        sparsity=facts.get("sparsity"),
+        deactivated=facts.get("deactivated", {}),
+    )
+    first = min(store.path("fit", plan.fit_key(0)).stat().st_mtime, time.time())
+    return datetime.fromtimestamp(first, UTC).isoformat(timespec="seconds"), cost
+
+
+def _per_image(measured: Sequence[Mapping[str, Any]]) -> float:
+    return float(sum(m["seconds"] for m in measured) / max(1, sum(m["images"] for m in measured)))
+
+
+def _provenance(plan: RowPlan, started: str, finished: str) -> Provenance:
+    commit, dirty = provenance.git_state()
+    weights = {f"{Path(plan.model).name}/{k}": v for k, v in weights_sha256(plan.model).items()}
+    return Provenance(
+        git_commit=commit,
+        dirty=dirty,
+        plugin_sha256=plan.recipe.sources(),
+        weights_sha256={**weights, **judges_sha256()},
+        data_sha256={plan.suite.prompt_set: manifest_sha256(plan.suite.prompt_set)},
+        packages=provenance.packages(),
+        hardware=provenance.hardware(plan.runtime.device),
+        dtype=plan.runtime.dtype,
+        threads=plan.runtime.threads or provenance.physical_cores(),
+        started=started,
+        finished=finished,
+    )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+# --- pictures beside the row ----------------------------------------------------------------------
+
+
+def _write_images(plan: RowPlan, store: Store, folder: Path) -> None:
+    """The row's images as PNG, ``images/<prompt id>-<index>.png``."""
+    from PIL import Image
+    from safetensors.numpy import load_file
+
+    (folder / "images").mkdir(exist_ok=True)
+    for number, keys in enumerate(plan.shards):
+        images = load_file(store.path("shard", plan.shard_key(number)) / "images.safetensors")["images"]
+        for key, image in zip(keys, images, strict=True):
+            Image.fromarray(image).save(folder / "images" / f"{key.prompt.id}-{key.index}.png")
+
+
+def _write_references(base: RowPlan, runs: Path) -> None:
+    """The prompts' reference images as PNG, once a suite, for the page."""
+    from PIL import Image
+
+    prompts = prompt_set(base.suite.prompt_set)
+    folder = runs / base.suite.key / "references"
+    with explained(runs):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in sorted({r for key in base.images for r in key.prompt.references}):
+            path = folder / f"{name}.png"
+            if not path.exists():
+                temporary = path.with_suffix(".tmp")
+                Image.fromarray(prompts.reference(name).image).save(temporary, format="png")
+                temporary.replace(path)
+
+
+def report_failures(outcome: Outcome) -> None:
+    """One line to stderr for each failed job; raises RunError if there were any."""
+    for failure in outcome.failures:
+        print(f"lethe: {failure.job} failed: {failure.error}", file=sys.stderr)
+    if outcome.failures:
+        raise RunError(f"{len(outcome.failures)} jobs failed; the other rows are complete")
+
+

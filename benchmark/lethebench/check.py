@@ -1,0 +1,302 @@
+"""The contract suite of methods: what ``lethe check METHOD`` runs, and what Lethe's own tests run.
+
+A check is a function ``check_*(subject)`` that raises AssertionError with what is wrong. Which checks
+apply follows from what the method declares.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import pickle
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lethebench.composition import Recipe, recipes
+from lethebench.errors import KnowledgeError
+from lethebench.hooks import ImageKey
+from lethebench.method import Artefact, Family, Knowledge, Method, Task, configure, settings_of
+from lethebench.plan import prompt_set
+from lethebench.prompts import PromptSet, Role
+from lethebench.registry import METHODS
+from lethebench.specs import SamplerSettings
+
+if TYPE_CHECKING:
+    import torch
+
+    from lethebench.zoo import Model
+
+SUITE = "check@1"
+_SAMPLER = SamplerSettings(scheduler="model", num_inference_steps=3, guidance_scale=3.0)
+
+
+@dataclass(frozen=True)
+class Result:
+    """The outcome of one check: ``passed``, ``failed`` or ``skipped`` with the reason."""
+
+    name: str
+    status: str
+    message: str = ""
+
+    def as_dict(self) -> dict[str, str]:
+        """As JSON."""
+        return dataclasses.asdict(self)
+
+
+class Subject:
+    """The method under check with a model, a prompt set and a quick fit, made once and shared."""
+
+    def __init__(self, spec: str, model: Model, prompts: PromptSet, sampler: SamplerSettings = _SAMPLER) -> None:
+        self.spec, self.model, self.prompts, self.sampler = spec, model, prompts, sampler
+        self.cls: type[Method] = METHODS.get(spec)
+
+    @cached_property
+    def method(self) -> Method:
+        """The method at its weakest strength with its quick settings."""
+        return configure(self.cls, next(iter(self.cls.strengths)), self.cls.quick)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The same as a recipe."""
+        return recipes(self.spec, next(iter(self.cls.strengths)), dict(self.cls.quick))[0]
+
+    def fit(self) -> Artefact:
+        """Fit once more."""
+        knowledge = self.cls.knowledge
+        return self.method.fit(Task(self.model, self.sampler, self.prompts, knowledge, seed_parts=(SUITE,)))
+
+    @cached_property
+    def artefact(self) -> Artefact:
+        """The fit that the checks share."""
+        return self.fit()
+
+    @cached_property
+    def keys(self) -> list[ImageKey]:
+        """A neutral and a trigger prompt, two images of each."""
+        by_role = {p.role: p for p in reversed(list(self.prompts)) if p.role in (Role.NEUTRAL, Role.TRIGGER)}
+        return [ImageKey(SUITE, p, k) for p in by_role.values() for k in range(2)]
+
+    def draw(self) -> Any:
+        """The images of :attr:`keys` under the method."""
+        from lethebench.sampler import sample
+
+        with self.method.apply(self.model, self.artefact) as hooks:
+            return sample(self.model, self.keys, self.sampler, [hooks], batch_size=4)
+
+    def supported(self) -> bool:
+        """Whether the method supports the model's family."""
+        return self.model.family in self.cls.model_families
+
+
+def check_declares_its_facts(subject: Subject) -> None:
+    """Name, summary, family, knowledge and model families are declared with the right types."""
+    cls = subject.cls
+    assert isinstance(getattr(cls, "summary", None), str) and cls.summary, "declare a one-line `summary`"
+    assert isinstance(getattr(cls, "family", None), Family), "declare `family` as a Family"
+    assert all(isinstance(k, Knowledge) for k in cls.knowledge), "`knowledge` holds Knowledge values only"
+    assert cls.model_families, "`model_families` is empty"
+    assert cls.control or cls.citation, "declare a `citation`"
+
+
+def check_constructor_only_stores(subject: Subject) -> None:
+    """A frozen dataclass whose constructor keeps its arguments as they are."""
+    cls = subject.cls
+    if not dataclasses.is_dataclass(cls):
+        assert cls.__init__ is object.__init__, "settings must be fields of a frozen dataclass"
+        return
+    assert cls.__dataclass_params__.frozen, "the dataclass must be frozen"  # type: ignore[attr-defined]
+    for strength, values in cls.strengths.items():
+        made = configure(cls, strength)
+        for name, value in values.items():
+            assert getattr(made, name) == value, f"strength '{strength}': the constructor changed `{name}`"
+
+
+def check_settings_have_help(subject: Subject) -> None:
+    """Every setting has help text."""
+    if dataclasses.is_dataclass(subject.cls):
+        for field in dataclasses.fields(subject.cls):
+            assert field.metadata.get("help"), f"setting `{field.name}` has no help: use lethebench.method.setting"
+
+
+def check_three_strengths(subject: Subject) -> None:
+    """A method with a knob has at least three strengths, none of them twice."""
+    cls = subject.cls
+    if cls.control or not dataclasses.is_dataclass(cls) or not dataclasses.fields(cls):
+        return
+    assert len(cls.strengths) >= 3, f"{len(cls.strengths)} strengths: declare at least three, weakest first"
+    seen = [settings_of(configure(cls, s)) for s in cls.strengths]
+    assert all(a != b for i, a in enumerate(seen) for b in seen[:i]), "two strengths are the same setting"
+
+
+def check_pickles(subject: Subject) -> None:
+    """The method travels to another process (plugins given by path are found there by path)."""
+    if not subject.cls.__module__.startswith("lethe_plugin_"):
+        assert settings_of(pickle.loads(pickle.dumps(subject.method))) == settings_of(subject.method)
+
+
+def check_knowledge_is_respected(subject: Subject) -> None:
+    """``fit`` asks for nothing that isn't declared."""
+    try:
+        _ = subject.artefact
+    except KnowledgeError as error:
+        raise AssertionError(str(error)) from error
+
+
+def check_fit_restores_the_model(subject: Subject) -> None:
+    """``fit`` leaves the model's weights and hooks as they were."""
+    before = _state(subject.model)
+    subject.fit()
+    _same_state(before, _state(subject.model), "after fit")
+
+
+def check_fit_is_deterministic(subject: Subject) -> None:
+    """Two fits on the same task give the same artefact, bit for bit."""
+    import torch
+
+    first, second = subject.artefact, subject.fit()
+    assert first.tensors.keys() == second.tensors.keys(), "two fits give different tensors"
+    for name, tensor in first.tensors.items():
+        assert torch.equal(tensor, second.tensors[name]), f"two fits differ in tensor '{name}'"
+
+
+def check_artefact_round_trips(subject: Subject) -> None:
+    """The artefact is the same after it was written and read."""
+    import torch
+
+    from lethebench.work import read_artefact, write_artefact
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_artefact(subject.artefact, Path(folder), {}, settings_of(subject.method))
+        again = read_artefact(Path(folder))
+    assert again.facts == subject.artefact.facts, "the artefact's facts don't survive JSON"
+    for name, tensor in subject.artefact.tensors.items():
+        assert torch.equal(tensor.cpu(), again.tensors[name]), f"tensor '{name}' doesn't survive safetensors"
+
+
+def check_base_is_restored(subject: Subject) -> None:
+    """After ``apply``'s context the model is the base again, bit for bit, hooks included."""
+    before = _state(subject.model)
+    subject.draw()
+    _same_state(before, _state(subject.model), "after apply's context closed")
+
+
+def check_base_is_restored_after_an_error(subject: Subject) -> None:
+    """The same where the work inside raises."""
+    before = _state(subject.model)
+    try:
+        with subject.method.apply(subject.model, subject.artefact):
+            raise _Stop
+    except _Stop:
+        pass
+    _same_state(before, _state(subject.model), "after an error inside apply's context")
+
+
+def check_same_seed_same_images(subject: Subject) -> None:
+    """The same images twice give the same pixels and latents."""
+    first, second = subject.draw(), subject.draw()
+    assert (first.images == second.images).all(), "the same keys give different images"
+    assert (first.latents == second.latents).all(), "the same keys give different latents"
+
+
+def check_leaves_global_random_state(subject: Subject) -> None:
+    """Fitting and applying use no global random state."""
+    import random
+
+    import numpy as np
+    import torch
+
+    before = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy())  # type: ignore[index,union-attr]
+    subject.fit()
+    subject.draw()
+    assert torch.equal(before[0], torch.get_rng_state()), "torch's global generator was used"
+    assert before[1] == random.getstate(), "Python's global random state was used"
+    assert (before[2] == np.random.get_state()[1]).all(), "numpy's global random state was used"  # type: ignore[index]
+
+
+def check_composes(subject: Subject) -> None:
+    """The method works inside another method's context, and both are undone."""
+    from lethebench.sampler import sample
+
+    other = configure(METHODS.get("random-tokens"), "1")
+    before = _state(subject.model)
+    with other.apply(subject.model, Artefact()) as first:
+        with subject.method.apply(subject.model, subject.artefact) as second:
+            sample(subject.model, subject.keys[:1], subject.sampler, [first, second], batch_size=1)
+    _same_state(before, _state(subject.model), "after a composition")
+
+
+class _Stop(Exception):
+    pass
+
+
+def _modules(model: Model) -> Iterator[tuple[str, torch.nn.Module]]:
+    import torch
+
+    for name, part in sorted(model.pipe.components.items()):
+        if isinstance(part, torch.nn.Module):
+            yield name, part
+
+
+def _state(model: Model) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, part in _modules(model):
+        found |= {f"{name}.{k}": v.detach().clone() for k, v in part.state_dict().items()}
+        hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in part.modules())
+        found[f"{name} hooks"] = hooks
+        found[f"{name} training"] = part.training
+    return found
+
+
+def _same_state(before: dict[str, Any], after: dict[str, Any], when: str) -> None:
+    import torch
+
+    assert before.keys() == after.keys(), f"the model's parameters have other names {when}"
+    for key, value in before.items():
+        same = torch.equal(value, after[key]) if isinstance(value, torch.Tensor) else value == after[key]
+        assert same, f"the model's {key} changed {when}"
+
+
+_STATIC = ("declares_its_facts", "constructor_only_stores", "settings_have_help", "three_strengths", "pickles")
+"""Checks that need no fit and no images."""
+
+
+def checks() -> dict[str, Callable[[Subject], None]]:
+    """Every check by its name without ``check_``, in the order of this file."""
+    here = globals()
+    named = [(n, f) for n, f in here.items() if n.startswith("check_") and inspect.isfunction(f)]
+    return {n.removeprefix("check_"): f for n, f in named}
+
+
+def applicable(subject: Subject, name: str) -> str | None:
+    """Why a check doesn't apply, or None."""
+    if name in _STATIC:
+        return None
+    if not subject.supported():
+        return f"the method doesn't support models of family {subject.model.family}"
+    if subject.cls.family is Family.TRAINING:
+        return "a training-time method is fitted by the train suite"
+    return None
+
+
+def run_checks(spec: str, model: str = "mini-sd", prompts: str = "planted") -> list[Result]:
+    """Every check on a method. A check that can't run says why; one that raises has failed."""
+    from lethebench.zoo import load_model
+
+    subject = Subject(spec, load_model(model), prompt_set(prompts))
+    results = []
+    for name, function in checks().items():
+        reason = applicable(subject, name)
+        if reason is not None:
+            results.append(Result(name, "skipped", reason))
+            continue
+        try:
+            function(subject)
+            results.append(Result(name, "passed"))
+        except Exception as error:
+            what = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
+            results.append(Result(name, "failed", " ".join(what.split())))
+    return results

@@ -1,0 +1,290 @@
+"""The ``lethe`` command. Heavy imports happen inside the commands, so that ``lethe list`` is instant."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lethebench.errors import LetheError, UserError
+
+app = typer.Typer(
+    help="Lethe: a benchmark of memorization mitigation in text-to-image diffusion models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Runs = Annotated[Path, typer.Option("--runs", help="Folder of results and of the store.")]
+SuiteName = Annotated[str, typer.Option("--suite", help="A suite of the package, or a YAML file.")]
+ModelName = Annotated[str | None, typer.Option("--model", help="A model of the zoo, a folder, or a hub id.")]
+Strength = Annotated[str, typer.Option("--strength", help="A strength of the method, or 'all'.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: KEY=VALUE.")]
+EngineName = Annotated[str, typer.Option("--engine", help="What runs the shards: local.")]
+Workers = Annotated[int, typer.Option("--workers", min=1, help="Processes that share the work.")]
+Threads = Annotated[int, typer.Option("--threads", min=0, help="Processor threads; 0: the physical cores.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+
+
+def main() -> None:
+    """The entry point: runs the command, and turns Lethe's errors into one line and an exit code."""
+    try:
+        app(standalone_mode=False)
+    except LetheError as error:
+        _fail(str(error), error.exit_code)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except typer.Abort:
+        _fail("interrupted; run the same command again to go on where it stopped", 130)
+    except KeyboardInterrupt:
+        _fail("interrupted; run the same command again to go on where it stopped", 130)
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
+            _fail(error.format_message(), 2)
+        raise
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"lethe: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _overrides(pairs: list[str] | None) -> dict[str, Any]:
+    import yaml
+
+    found = {}
+    for pair in pairs or []:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"--set takes KEY=VALUE, not '{pair}'")
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {key}: '{value}' is not a value") from error
+    return found
+
+
+def _bench(
+    method: str,
+    suite: str,
+    model: str | None,
+    strength: str,
+    overrides: list[str] | None,
+    runs: Path,
+    engine: str,
+    workers: int,
+    threads: int,
+    device: str,
+    dtype: str,
+    until: str,
+) -> Any:
+    from lethebench.bench import report_failures, run
+    from lethebench.plan import Runtime
+    from lethebench.provenance import physical_cores
+
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"unknown dtype '{dtype}': known float32, bfloat16, float16")
+    if workers > 1 and not threads:
+        threads = max(1, physical_cores() // workers)
+    outcome = run(
+        [m for m in method.split(",") if m],
+        suite=suite,
+        model=model,
+        strength=strength,
+        overrides=_overrides(overrides),
+        runs=runs,
+        engine_name=engine,
+        workers=workers,
+        runtime=Runtime(device=device, dtype=dtype, threads=threads),
+        until=until,
+    )
+    return outcome, lambda: report_failures(outcome)
+
+
+@app.command(epilog="Example: lethe bench uniforget --suite planted --strength all")
+def bench(
+    method: Annotated[str, typer.Argument(help="A method, a+b, path.py:Class, a comma-separated list, or 'all'.")],
+    suite: SuiteName = "planted",
+    model: ModelName = None,
+    strength: Strength = "all",
+    overrides: Set = None,
+    runs: Runs = Path("runs"),
+    engine: EngineName = "local",
+    workers: Workers = 1,
+    threads: Threads = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    site: Annotated[Path, typer.Option(help="Where the page is written.")] = Path("site"),
+    json_: Json = False,
+) -> None:
+    """Fit, generate, score and rank a method; write its rows and the leaderboard page."""
+    outcome, report = _bench(
+        method, suite, model, strength, overrides, runs, engine, workers, threads, device, dtype, "row"
+    )
+    from lethebench.leaderboard import build
+
+    page = build(runs, site)
+    if json_:
+        print(json.dumps([r.model_dump(mode="json", by_alias=True) for r in outcome.rows]))
+    else:
+        from lethebench.summary import print_summary
+
+        print_summary(outcome, page)
+    report()
+
+
+def _stage(until: str, done: str) -> Any:
+    def command(
+        method: Annotated[str, typer.Argument(help="A method, a+b, path.py:Class, or a list with commas.")],
+        suite: SuiteName = "planted",
+        model: ModelName = None,
+        strength: Strength = "all",
+        overrides: Set = None,
+        runs: Runs = Path("runs"),
+        engine: EngineName = "local",
+        workers: Workers = 1,
+        threads: Threads = 0,
+        device: Device = "cpu",
+        dtype: Dtype = "float32",
+    ) -> None:
+        outcome, report = _bench(
+            method, suite, model, strength, overrides, runs, engine, workers, threads, device, dtype, until
+        )
+        report()
+        print(f"{done}: {outcome.computed[until]} made in {outcome.seconds:.1f} s, the rest was there")
+
+    return command
+
+
+app.command("fit", help="Fit a method and store the artefact.", epilog="Example: lethe fit uniforget --strength weak")(
+    _stage("fit", "fitted parts")
+)
+app.command(
+    "generate", help="Fit, then generate the images.", epilog="Example: lethe generate uniforget --suite smoke"
+)(_stage("shard", "shards"))
+app.command("score", help="Fit, generate, then measure.", epilog="Example: lethe score uniforget --suite smoke")(
+    _stage("scores", "scored shards")
+)
+
+
+@app.command(epilog="Example: lethe leaderboard --runs runs --out site")
+def leaderboard(
+    runs: Runs = Path("runs"),
+    out: Annotated[Path, typer.Option("--out", help="Folder of the page.")] = Path("site"),
+) -> None:
+    """Write the leaderboard page and tables from the rows that are there."""
+    if not runs.is_dir():
+        raise UserError(f"no results in {runs}: run 'lethe bench METHOD' first")
+    from lethebench.leaderboard import build
+
+    print(build(runs, out))
+
+
+KINDS = ("methods", "metrics", "prompt-sets", "models", "suites")
+
+
+@app.command("list", epilog="Example: lethe list methods --json")
+def list_(
+    what: Annotated[str, typer.Argument(help="methods, metrics, prompt-sets, models or suites.")],
+    json_: Json = False,
+) -> None:
+    """List what is registered, built in or from plugins; a plugin that fails to import with its error."""
+    from lethebench import listing
+
+    if what not in KINDS:
+        raise UserError(f"can't list '{what}': known {', '.join(KINDS)}")
+    entries = listing.entries(what)
+    if json_:
+        print(json.dumps(entries, indent=1))
+        return
+    width = max((len(e["name"]) for e in entries), default=0)
+    for entry in entries:
+        note = f"failed to import: {entry['error']}" if entry.get("error") else entry["summary"]
+        print(f"{entry['name']:<{width}}  {note}")
+
+
+@app.command(epilog="Example: lethe info prompt-set planted")
+def info(
+    what: Annotated[str, typer.Argument(help="method, metric, prompt-set, model or suite.")],
+    name: Annotated[str, typer.Argument(help="Its name.")],
+    json_: Json = False,
+    sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet of a prompt set as PNG.")] = None,
+) -> None:
+    """Show one plugin, prompt set, model or suite in full."""
+    from lethebench import listing
+
+    if f"{what}s" not in KINDS:
+        raise UserError(f"can't show '{what}': known {', '.join(k[:-1] for k in KINDS)}")
+    if sheet is not None:
+        listing.write_sheet(what, name, sheet)
+        print(sheet)
+        return
+    found = listing.info(what, name)
+    if json_:
+        print(json.dumps(found, indent=1, default=str))
+    else:
+        print(listing.text(found))
+
+
+@app.command(epilog="Example: lethe check ./my_method.py:MyMethod")
+def check(
+    method: Annotated[str, typer.Argument(help="A method: its name, or path.py:Class.")],
+    model: ModelName = None,
+    json_: Json = False,
+) -> None:
+    """Run the contract suite on a method: the same checks that Lethe's own tests run."""
+    from lethebench.check import run_checks
+
+    results = run_checks(method, model or "mini-sd")
+    if json_:
+        print(json.dumps([r.as_dict() for r in results], indent=1))
+    else:
+        for result in results:
+            print(f"{result.status:<6} {result.name}" + (f": {result.message}" if result.message else ""))
+    failed = sum(r.status == "failed" for r in results)
+    if failed:
+        raise LetheError(f"{method}: {failed} of {len(results)} checks failed")
+
+
+@app.command(epilog="Example: lethe train --only mini-sd --folder build/models")
+def train(
+    only: Annotated[list[str] | None, typer.Option(help="Only these models; may be given again.")] = None,
+    folder: Annotated[Path, typer.Option(help="Checkpoints and caches.")] = Path("build/models"),
+    scale: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the full number of steps.")] = 1.0,
+    device: Device = "cpu",
+    threads: Threads = 0,
+    out: Annotated[Path | None, typer.Option(help="Where weights go; default: the package.")] = None,
+) -> None:
+    """Train the built-in models and judges from nothing; resumes where a killed run stopped."""
+    from lethebench.training import train_all
+
+    train_all(only, folder=folder, device=device, scale=scale, threads=threads, out=out)
+
+
+@app.command(epilog="Example: lethe doctor mini-sd")
+def doctor(
+    model: Annotated[str, typer.Argument(help="A model of the zoo, a folder, or a hub id.")] = "mini-sd",
+    runs: Runs = Path("runs"),
+    json_: Json = False,
+) -> None:
+    """Say whether this machine can run the suites: packages, weights, plugins, disk, memory."""
+    from lethebench.doctor import examine
+
+    findings = examine(model, runs)
+    if json_:
+        print(json.dumps([f.as_dict() for f in findings], indent=1))
+    else:
+        for finding in findings:
+            print(f"{'ok' if finding.ok else 'PROBLEM':<8} {finding.what}: {finding.detail}")
+    if not all(f.ok for f in findings):
+        raise LetheError("problems were found; each line above says what to do")
+
+
+if __name__ == "__main__":
+    main()

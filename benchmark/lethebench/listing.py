@@ -1,0 +1,113 @@
+"""What ``lethe list`` and ``lethe info`` show."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from lethebench.errors import UserError
+from lethebench.registry import METHODS, METRICS, MODELS, PROMPT_SETS, Registry
+from lethebench.specs import load_suite, suite_names
+
+REGISTRIES: dict[str, Registry[Any]] = {
+    "methods": METHODS,
+    "metrics": METRICS,
+    "prompt-sets": PROMPT_SETS,
+    "models": MODELS,
+}
+
+
+def entries(what: str) -> list[dict[str, Any]]:
+    """One record for each registered thing of a kind: name, summary, or the error of its import."""
+    if what == "suites":
+        return [{"name": n, "summary": load_suite(n).description} for n in suite_names()]
+    registry = REGISTRIES[what]
+    found = [{"name": name, **_facts(what, item)} for name, item in registry.items()]
+    broken = [{"name": name, "summary": "", "error": error} for name, error in sorted(registry.errors.items())]
+    return found + broken
+
+
+def _facts(what: str, item: Any) -> dict[str, Any]:
+    facts: dict[str, Any] = {"summary": getattr(item, "summary", "")}
+    if what == "methods":
+        facts |= {
+            "family": str(item.family),
+            "knowledge": sorted(map(str, item.knowledge)),
+            "strengths": list(item.strengths),
+            "control": item.control,
+        }
+    if what == "metrics":
+        facts |= {"scores": [s.name for s in item.scores], "needs": sorted(item.needs)}
+    if what == "models":
+        facts |= {"family": item.family, "builtin": item.builtin}
+    return facts
+
+
+def info(what: str, name: str) -> dict[str, Any]:
+    """All that is known of one thing. Raises UserError."""
+    if what == "suite":
+        return load_suite(name).model_dump(mode="json")
+    item = REGISTRIES[f"{what}s"].get(name)
+    found = {"name": item.name, **_facts(f"{what}s", item)}
+    if what == "method":
+        found |= _method(item)
+    elif what == "metric":
+        found["version"], found["source"] = item.version, item.source
+        found["scores"] = {s.name: f"{s.unit}, better {s.direction}: {s.help}" for s in item.scores}
+    elif what == "model":
+        found |= {f.name: getattr(item, f.name) for f in dataclasses.fields(item)}
+    else:
+        found |= _prompt_set(name)
+    return found
+
+
+def _method(item: Any) -> dict[str, Any]:
+    fields = dataclasses.fields(item) if dataclasses.is_dataclass(item) else ()
+    return {
+        "citation": item.citation,
+        "licence": item.licence,
+        "model_families": sorted(item.model_families),
+        "strengths": {k: dict(v) for k, v in item.strengths.items()},
+        "settings": {f.name: f"{f.default!r}: {f.metadata.get('help', '')}" for f in fields},
+    }
+
+
+def _prompt_set(name: str) -> dict[str, Any]:
+    from lethebench.plan import prompt_set
+
+    prompts = prompt_set(name)
+    found: dict[str, Any] = {"version": prompts.version, "manifest": prompts.manifest()}
+    counts = getattr(prompts, "counts", None)
+    if counts is not None:
+        found["counts"] = counts()
+    return found
+
+
+def write_sheet(what: str, name: str, path: Path) -> None:
+    """Write a prompt set's contact sheet. Raises UserError where there is none."""
+    from lethebench.plan import prompt_set
+
+    if what != "prompt-set":
+        raise UserError("only a prompt set has a contact sheet: lethe info prompt-set NAME --sheet FILE.png")
+    prompts = prompt_set(name)
+    draw = getattr(prompts, "contact_sheet", None)
+    if draw is None:
+        raise UserError(f"prompt set '{name}' has no contact sheet")
+    draw(path)
+
+
+def text(record: dict[str, Any]) -> str:
+    """A record as indented text; tables as tables."""
+    lines = []
+    for key, value in record.items():
+        if hasattr(value, "to_string"):
+            lines += [f"{key}:", value.to_string(index=False)]
+        elif isinstance(value, dict):
+            lines.append(f"{key}:")
+            lines += [f"  {k}: {v}" for k, v in value.items()]
+        elif isinstance(value, list):
+            lines.append(f"{key}: {', '.join(map(str, value))}")
+        else:
+            lines.append(f"{key}: {value}")
+    return "\n".join(lines)

@@ -1,0 +1,178 @@
+"""The contract of a mitigation method, and the task that it is fitted on."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lethebench.errors import KnowledgeError, UserError
+from lethebench.hooks import SamplerHooks
+from lethebench.prompts import Prompt, PromptSet, Reference, Role
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from lethebench.specs import SamplerSettings
+    from lethebench.zoo import Model
+
+
+class Family(StrEnum):
+    """When a method acts."""
+
+    WEIGHTS = "weights"
+    SAMPLING = "sampling"
+    TRAINING = "training"
+
+
+class Knowledge(StrEnum):
+    """What a method may see of the task."""
+
+    NEUTRAL_PROMPTS = "neutral-prompts"
+    MEMORIZED_PROMPTS = "memorized-prompts"
+    TRAINING_IMAGES = "training-images"
+    CONCEPT_NAMES = "concept-names"
+    REFERENCE_INDEX = "reference-index"
+
+
+def setting(default: Any, help: str) -> Any:
+    """A field of a method's settings, with the help text that ``lethe info method`` prints."""
+    if isinstance(default, (list, dict, set)):
+        raise TypeError("the default of a setting must be immutable")
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Artefact:
+    """What fitting a method gives: tensors, and facts that JSON can hold.
+
+    Stored as safetensors and JSON. Facts that the row's cost reports, where they apply:
+    ``sparsity`` (share of the masked elements that are off), ``parameters_changed`` (share of the
+    model's parameters), ``deactivated`` (share by kind of mask).
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Task:
+    """What a method is fitted on. It holds only the method's declared knowledge.
+
+    ``model`` and ``sampler`` are always there; anything else raises KnowledgeError unless the method
+    declares it, so that the knowledge column of a row can be believed.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        sampler: SamplerSettings,
+        prompts: PromptSet,
+        knowledge: frozenset[Knowledge],
+        *,
+        seed_parts: tuple[object, ...] = (),
+    ) -> None:
+        self.model = model
+        self.sampler = sampler
+        self._prompts, self._knowledge, self._seed = prompts, knowledge, seed_parts
+
+    def generator(self, *parts: object) -> torch.Generator:
+        """A CPU generator for a named purpose: the only randomness that a method may use."""
+        from lethebench.seeding import generator
+
+        return generator("fit", *self._seed, *parts)
+
+    def neutral_prompts(self) -> Sequence[str]:
+        """Neutral prompts for fitting, disjoint from the test prompts. Needs ``neutral-prompts``."""
+        self._require(Knowledge.NEUTRAL_PROMPTS)
+        return self._prompts.training_prompts()
+
+    def memorized_prompts(self) -> list[Prompt]:
+        """The prompts known to be memorized (role ``trigger``). Needs ``memorized-prompts``."""
+        self._require(Knowledge.MEMORIZED_PROMPTS)
+        return [p for p in self._prompts if p.role is Role.TRIGGER]
+
+    def concepts(self) -> dict[str, list[Prompt]]:
+        """Protected concepts by name, with the prompts that ask for them. Needs ``concept-names``."""
+        self._require(Knowledge.CONCEPT_NAMES)
+        found: dict[str, list[Prompt]] = {}
+        for p in self._prompts:
+            if p.role is Role.CONCEPT and p.concept is not None:
+                found.setdefault(p.concept, []).append(p)
+        return found
+
+    def training_images(self) -> dict[str, Reference]:
+        """The memorized training images by reference id. Needs ``training-images``."""
+        self._require(Knowledge.TRAINING_IMAGES)
+        ids = {r for p in self._prompts if p.role in (Role.TRIGGER, Role.CONCEPT) for r in p.references}
+        return {r: self._prompts.reference(r) for r in sorted(ids)}
+
+    def _require(self, what: Knowledge) -> None:
+        if what not in self._knowledge:
+            declared = ", ".join(sorted(self._knowledge)) or "nothing"
+            raise KnowledgeError(f"the method asked for {what}, but declares {declared}: add it to `knowledge`")
+
+
+class Method(ABC):
+    """A mitigation method: a frozen dataclass of settings, plus facts declared on the class.
+
+    The constructor only stores its arguments. Two things can be overridden: :meth:`fit`, which
+    learns once, and :meth:`apply`, which puts the result on a model for as long as its context is
+    open. See ``CONTRIBUTING.md`` for a method in 20 lines.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    family: ClassVar[Family]
+    knowledge: ClassVar[frozenset[Knowledge]] = frozenset()
+    model_families: ClassVar[frozenset[str]] = frozenset({"sd", "sdxl", "sd3", "flux"})
+    """Model families that the method supports; on others its row says ``not-applicable``."""
+    strengths: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
+    """Settings by name, from the weakest to the strongest."""
+    citation: ClassVar[str] = ""
+    licence: ClassVar[str] = ""
+    control: ClassVar[bool] = False
+    """A baseline that every table pins (base, blank, ...)."""
+    quick: ClassVar[Mapping[str, Any]] = {}
+    """Overrides that make a fit take seconds, for ``lethe check``."""
+    generates: ClassVar[bool] = True
+    """False where no denoising is needed because the images don't depend on the model."""
+
+    def fit(self, task: Task) -> Artefact:
+        """Learn from the task, once. The result must depend only on settings and task."""
+        return Artefact()
+
+    @contextmanager
+    def apply(self, model: Model, artefact: Artefact) -> Iterator[SamplerHooks]:
+        """Install the method on the model; the base model is restored when the context closes."""
+        yield SamplerHooks()
+
+    def substitute(self, prompt: Prompt, prompts: Mapping[str, Prompt]) -> Prompt:
+        """The prompt to draw and score in place of ``prompt`` (controls only: ``oracle``)."""
+        return prompt
+
+
+def configure(cls: type[Method], strength: str, overrides: Mapping[str, Any] | None = None) -> Method:
+    """The method at a named strength, with single settings overridden. Raises UserError."""
+    if strength not in cls.strengths:
+        raise UserError(f"method '{cls.name}' has no strength '{strength}': known {', '.join(cls.strengths)}")
+    values = {**cls.strengths[strength], **(overrides or {})}
+    fields = {f.name: f for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise UserError(
+            f"method '{cls.name}' has no setting '{unknown[0]}': known {', '.join(fields) or 'none'}"
+        )
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"method '{cls.name}': {error}") from error
+
+
+def settings_of(method: Method) -> dict[str, Any]:
+    """The resolved settings, as JSON can hold them."""
+    return dataclasses.asdict(method) if dataclasses.is_dataclass(method) else {}  # type: ignore[arg-type]

@@ -1,0 +1,202 @@
+"""From a suite and methods to the rows, shards and keys of a run. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from lethebench.composition import Recipe
+from lethebench.errors import UserError
+from lethebench.hooks import ImageKey
+from lethebench.prompts import Prompt, PromptSet
+from lethebench.provenance import DECISIVE, SAMPLER_CODE, SCORING_CODE, code_sha256, packages
+from lethebench.registry import METRICS, MODELS, PROMPT_SETS, source_sha256
+from lethebench.row import SCHEMA
+from lethebench.seeding import derive_seed
+from lethebench.specs import Selection, Suite
+from lethebench.store import digest, file_sha256
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What may move a result without being part of what is asked: recorded in the row."""
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    threads: int = 0
+    """Processor threads; 0 means the physical cores."""
+
+
+@lru_cache(maxsize=4)
+def prompt_set(name: str) -> PromptSet:
+    """The registered prompt set, made once a process."""
+    found = PROMPT_SETS.get(name)
+    made: PromptSet = found() if isinstance(found, type) else found
+    return made
+
+
+@lru_cache(maxsize=4)
+def manifest_sha256(name: str) -> str:
+    """The SHA-256 of a prompt set's manifest."""
+    return digest(prompt_set(name).manifest())
+
+
+@lru_cache(maxsize=8)
+def weights_sha256(model: str) -> dict[str, str]:
+    """The SHA-256 of each weights file of a model: as recorded beside them, or computed."""
+    entry = MODELS.get(model) if model in MODELS else None
+    folder = builtin_folder(entry.source) if entry is not None and entry.builtin else Path(model)
+    record = folder / "weights.json"
+    if record.is_file():
+        found: dict[str, str] = json.loads(record.read_text())
+        return found
+    if folder.is_dir():
+        return {str(p.relative_to(folder)): file_sha256(p) for p in sorted(folder.rglob("*.safetensors"))}
+    return {"model": model}
+
+
+def builtin_folder(name: str) -> Path:
+    """Where the package keeps a built-in model's weights."""
+    return Path(__file__).parent / "weights" / name
+
+
+def judges_sha256() -> dict[str, str]:
+    """The SHA-256 of each built-in judge's weights, as recorded beside them."""
+    found = {}
+    for record in sorted(builtin_folder("").glob("*-mini/weights.json")):
+        for name, value in json.loads(record.read_text()).items():
+            found[f"{record.parent.name}/{name}"] = value
+    return found
+
+
+def chosen(suite: Suite, prompts: PromptSet) -> list[tuple[Prompt, int]]:
+    """The suite's (prompt, number of images), in the prompt set's order.
+
+    Where a selection is limited, clusters are taken in an order drawn from the suite's key, so that
+    a longer list contains the shorter one.
+    """
+    found: dict[str, tuple[Prompt, int]] = {}
+    for selection in suite.select:
+        for prompt in _selected(selection, suite, prompts):
+            found[prompt.id] = (prompt, max(selection.images, found.get(prompt.id, (prompt, 0))[1]))
+    order = {p.id: i for i, p in enumerate(prompts)}
+    return sorted(found.values(), key=lambda pair: order[pair[0].id])
+
+
+def _selected(selection: Selection, suite: Suite, prompts: PromptSet) -> Iterator[Prompt]:
+    fits = [
+        p
+        for p in prompts
+        if p.role is selection.role
+        and (not selection.kinds or p.kind in selection.kinds)
+        and (selection.min_duplicates is None or (p.duplicates or 0) >= selection.min_duplicates)
+    ]
+    if not fits:
+        raise UserError(f"suite {suite.key}: no prompt of {suite.prompt_set} has role {selection.role}"
+                        + (f" and kind {', '.join(selection.kinds)}" if selection.kinds else ""))
+    clusters = sorted({p.cluster for p in fits}, key=lambda c: derive_seed("select", suite.key, c))
+    kept = set(clusters[: selection.limit])
+    return (p for p in fits if p.cluster in kept)
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """One row to be: a recipe on a model in a suite, split into shards."""
+
+    suite: Suite
+    model: str
+    recipe: Recipe
+    runtime: Runtime
+
+    @cached_property
+    def images(self) -> list[ImageKey]:
+        """Every image of the row: noise is fixed by the original prompt, so rows are paired."""
+        prompts = prompt_set(self.suite.prompt_set)
+        by_id = {p.id: p for p in prompts}
+        keys = []
+        for prompt, count in chosen(self.suite, prompts):
+            drawn = self._drawn(prompt, by_id)
+            keys += [ImageKey(self.suite.key, drawn, k) for k in range(count)]
+        return keys
+
+    def _drawn(self, prompt: Prompt, by_id: Mapping[str, Prompt]) -> Prompt:
+        other = self.recipe.substitute(prompt, by_id)
+        if other is prompt:
+            return prompt
+        return replace(
+            prompt, text=other.text, references=other.references, attributes=other.attributes, concept=other.concept
+        )
+
+    @cached_property
+    def shards(self) -> list[tuple[ImageKey, ...]]:
+        """The images in pieces of the suite's shard size, in order."""
+        size = self.suite.shard_size
+        return [tuple(self.images[i : i + size]) for i in range(0, len(self.images), size)]
+
+    @cached_property
+    def _common(self) -> dict[str, Any]:
+        return {
+            "weights": weights_sha256(self.model),
+            "sampler": self.suite.sampler.model_dump(mode="json"),
+            "batch_size": self.suite.batch_size,
+            "code": code_sha256(*SAMPLER_CODE),
+            "packages": packages(DECISIVE),
+            "device": self.runtime.device.partition(":")[0],
+            "dtype": self.runtime.dtype,
+        }
+
+    def fit_key(self, part: int) -> dict[str, Any]:
+        """All that determines the fit of the recipe's part: the parts before it included."""
+        names = [type(p).name for p in self.recipe.parts[: part + 1]]
+        config, sources = self.recipe.config(), self.recipe.sources()
+        return {
+            **self._common,
+            "what": "fit",
+            "suite": self.suite.key,
+            "prompts": manifest_sha256(self.suite.prompt_set),
+            "parts": [[n, config[n], sources[n]] for n in names],
+        }
+
+    def shard_key(self, shard: int) -> dict[str, Any]:
+        """All that determines a shard's images."""
+        images = [[k.prompt.id, k.prompt.text, k.index] for k in self.shards[shard]]
+        fits = [digest(self.fit_key(i)) for i in range(len(self.recipe.parts))]
+        return {**self._common, "what": "shard", "suite": self.suite.key, "fits": fits, "images": images}
+
+    def scores_key(self, shard: int, metric: str) -> dict[str, Any]:
+        """All that determines a metric's values on a shard."""
+        cls = METRICS.get(metric)
+        return {
+            "what": "scores",
+            "shard": digest(self.shard_key(shard)),
+            "references": [list(k.prompt.references) for k in self.shards[shard]],
+            "prompts": manifest_sha256(self.suite.prompt_set),
+            "metric": [metric, cls.version, source_sha256(cls)],
+            "judges": judges_sha256(),
+            "code": code_sha256(*SCORING_CODE),
+        }
+
+    def row_key(self, base: RowPlan) -> dict[str, Any]:
+        """All that determines the row but its timings."""
+        scores = [[digest(self.scores_key(i, m)) for m in self.suite.metrics] for i in range(len(self.shards))]
+        paired = [digest(base.shard_key(i)) for i in range(len(base.shards))]
+        return {
+            "what": "row",
+            "schema": SCHEMA,
+            "suite": self.suite.model_dump(mode="json"),
+            "model": self.model,
+            "setting": self.recipe.setting,
+            "scores": scores,
+            "base": paired,
+            "runner": code_sha256("bench.py", "row.py", "plan.py"),
+        }
+
+    def folder(self, runs: Path) -> Path:
+        """Where the row is written: ``<suite>@<version>/<model>/<method>/<setting>`` (URL-quoted)."""
+        names = (self.suite.key, Path(self.model).name, self.recipe.name, self.recipe.setting)
+        return runs.joinpath(*(quote(n, safe="@+=,-._ ") for n in names))

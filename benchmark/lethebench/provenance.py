@@ -1,0 +1,109 @@
+"""What a result was made with: versions, hashes, hardware."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
+DECISIVE = ("torch", "diffusers", "transformers", "numpy", "safetensors", "lethebench")
+"""Packages whose version may move an image: part of every key of the store."""
+RECORDED = (*DECISIVE, "peft", "accelerate", "pillow", "scipy", "scikit-learn", "pandas", "torchvision")
+
+
+def packages(names: Sequence[str] = RECORDED) -> dict[str, str]:
+    """Installed versions of the named distributions."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@lru_cache
+def code_sha256(*parts: str) -> str:
+    """The SHA-256 of the package's own source files or folders, named relative to the package."""
+    digest = hashlib.sha256()
+    for part in parts:
+        path = PACKAGE / part
+        files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
+        for file in files:
+            digest.update(str(file.relative_to(PACKAGE)).encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+SAMPLER_CODE = ("sampler", "zoo", "hooks.py", "seeding.py", "pruning.py", "composition.py", "method.py")
+SCORING_CODE = ("judges", "metric.py", "stats.py")
+
+
+@lru_cache
+def git_state() -> tuple[str | None, bool | None]:
+    """(commit, dirty) of the checkout that the package runs from; (None, None) outside one."""
+    try:
+        root = PACKAGE.parents[1]
+        if not (root / ".git").exists():
+            return None, None
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+        status = subprocess.run(
+            ["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, timeout=10, check=True
+        ).stdout
+        return commit, bool(status.strip())
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+
+
+def hardware(device: str) -> dict[str, str | int | float]:
+    """Processor, cores, memory and the accelerator's name."""
+    found: dict[str, str | int | float] = {
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cores": physical_cores(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "python": platform.python_version(),
+        "device": device,
+    }
+    if device.startswith("cuda"):
+        import torch
+
+        found["accelerator"] = torch.cuda.get_device_name(device)
+    return found
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"
+
+
+def physical_cores() -> int:
+    """Physical cores that this process may use: the default number of threads."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        pairs = set()
+        physical = core = "0"
+        for line in text.splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "physical id":
+                physical = value.strip()
+            elif key.strip() == "core id":
+                core = value.strip()
+            elif not line.strip():
+                pairs.add((physical, core))
+        return max(1, min(usable, len(pairs) or usable))
+    except OSError:
+        return max(1, usable)

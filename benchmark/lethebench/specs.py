@@ -1,0 +1,107 @@
+"""Specs: what a suite is, validated before any work starts. Unknown keys are errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lethebench.errors import UserError
+from lethebench.prompts import Role
+
+
+class Spec(BaseModel):
+    """A frozen record whose unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SamplerSettings(Spec):
+    """How images are drawn. None means the model's own default."""
+
+    scheduler: Literal["ddim", "euler", "flow-euler", "model"] = "model"
+    num_inference_steps: int = Field(default=20, ge=1, le=1000)
+    guidance_scale: float = Field(default=5.0, ge=0.0, le=100.0)
+    height: int | None = Field(default=None, ge=8)
+    width: int | None = Field(default=None, ge=8)
+
+
+class Selection(Spec):
+    """Some prompts of the set, and how many images of each.
+
+    Prompts are chosen by role, then kinds, then the first ``limit`` clusters in an order drawn from
+    the suite's name and version (None: all).
+    """
+
+    role: Role
+    kinds: tuple[str, ...] = ()
+    images: int = Field(ge=1)
+    limit: int | None = Field(default=None, ge=1)
+    min_duplicates: int | None = None
+
+
+class Axis(Spec):
+    """What the page plots and ranks by: a score and the better direction's name."""
+
+    score: str
+    label: str
+
+
+class Suite(Spec):
+    """A frozen, versioned choice of model, prompts, sampler settings and metrics."""
+
+    name: str = Field(pattern=r"^[a-z0-9]+([-._][a-z0-9]+)*$")
+    version: str
+    description: str
+    model: str
+    prompt_set: str
+    select: tuple[Selection, ...] = Field(min_length=1)
+    sampler: SamplerSettings
+    metrics: tuple[str, ...] = Field(min_length=1)
+    controls: tuple[str, ...] = ()
+    suppression: Axis
+    adherence: Axis
+    shard_size: int = Field(default=64, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    bootstrap: int = Field(default=2000, ge=100)
+    fit: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Overrides of single methods' settings, by method name: frozen with the suite."""
+
+    @property
+    def key(self) -> str:
+        """``name@version``."""
+        return f"{self.name}@{self.version}"
+
+
+def load_suite(name: str) -> Suite:
+    """The suite of that name in the package, or of that YAML file. Raises UserError."""
+    import difflib
+
+    import yaml
+
+    folder = Path(__file__).parent / "suites"
+    path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+    if not path.is_file():
+        known = suite_names()
+        near = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+        raise UserError(f"unknown suite '{name}': {hint}")
+    try:
+        return Suite.model_validate(yaml.safe_load(path.read_text()))
+    except yaml.YAMLError as error:
+        raise UserError(f"suite file {path} is not YAML: {str(error).splitlines()[0]}") from error
+    except ValidationError as error:
+        raise UserError(f"suite file {path}: {first_error(error)}") from error
+
+
+def suite_names() -> list[str]:
+    """The suites that the package ships."""
+    return sorted(p.stem for p in (Path(__file__).parent / "suites").glob("*.yaml"))
+
+
+def first_error(error: ValidationError) -> str:
+    """The first validation error in one line: where, what."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where}: {first['msg']}"
