@@ -40,7 +40,7 @@ def code_sha256(*parts: str) -> str:
     return digest.hexdigest()
 
 
-SAMPLER_CODE = ("sampler", "zoo", "hooks.py", "seeding.py", "pruning.py", "composition.py", "method.py")
+SAMPLER_CODE = ("sampler", "zoo", "hooks.py", "seeding.py", "pruning", "composition.py", "method.py")
 SCORING_CODE = ("judges", "metric.py", "stats.py")
 
 
