@@ -25,7 +25,7 @@ from lethebench.plan import (
     weights_sha256,
 )
 from lethebench.progress import progress
-from lethebench.registry import METHODS, METRICS, MODELS
+from lethebench.registry import METHODS, METRICS
 from lethebench.row import Cost, Provenance, Row, ScoreRecord, Slice, SuiteKey, read_row
 from lethebench.specs import Suite, load_suite
 from lethebench.store import Store, digest, explained, file_sha256, write_atomic
@@ -105,14 +105,22 @@ def run(
     spec = suite if isinstance(suite, Suite) else load_suite(suite)
     runs = Path(runs)
     plans = plan_rows(
-        methods, spec, model or spec.model, strength=strength, overrides=overrides, runtime=runtime, controls=controls
+        methods,
+        spec,
+        model or spec.model,
+        strength=strength,
+        overrides=overrides,
+        runtime=runtime,
+        controls=controls,
     )
     _check_model(plans[0].model)
     runner = engine(engine_name, workers)
     store = Store(runs / "store")
     store.prepare()
     outcome = Outcome()
-    pending = [p for p in plans if not _current(p, plans[0], runs, outcome)] if until == "row" else list(plans)
+    pending = (
+        [p for p in plans if not _current(p, plans[0], runs, outcome)] if until == "row" else list(plans)
+    )
     if pending:
         _check_space(pending, store)
         _work(pending, plans[0], store, runner, outcome, until)
@@ -131,8 +139,6 @@ def _check_model(name: str) -> None:
     from lethebench.zoo import check_model
 
     check_model(name)
-    if name in MODELS or Path(name).is_dir():
-        weights_sha256(name)
 
 
 def _check_space(plans: Sequence[RowPlan], store: Store) -> None:
@@ -157,7 +163,9 @@ def _work(
         failed = {_row_name(f.job) for f in outcome.failures}
         jobs = [j for p in rows for j in missing(p, stage, store) if _row_name(j) not in failed]
         if jobs:
-            with progress({"fit": "fit", "shard": "generate", "scores": "score"}[stage], total=len(jobs)) as bar:
+            with progress(
+                {"fit": "fit", "shard": "generate", "scores": "score"}[stage], total=len(jobs)
+            ) as bar:
                 before = len(outcome.failures)
                 outcome.failures += runner.run(jobs, lambda job: bar.advance(1, str(job)))
             outcome.computed[stage] += len(jobs) - (len(outcome.failures) - before)
@@ -235,7 +243,11 @@ def _write_row(plan: RowPlan, base: RowPlan, store: Store, runs: Path, outcome: 
             (folder / "failure.txt").unlink(missing_ok=True)
         write_atomic(folder / "row.json", row.to_json().encode())
         if row.status == "ok":
-            made = {"key": digest(plan.row_key(base)), "row": file_sha256(folder / "row.json"), "files": files}
+            made = {
+                "key": digest(plan.row_key(base)),
+                "row": file_sha256(folder / "row.json"),
+                "files": files,
+            }
             write_atomic(folder / "made.json", json.dumps(made).encode())
     outcome.rows.append(row)
     outcome.computed["row"] += 1
@@ -247,7 +259,9 @@ def _same_row(job: Job, plan: RowPlan) -> bool:
 
 def _empty_row(plan: RowPlan, status: Any, reason: str) -> Row:
     now = _now()
-    return Row(**_identity(plan), status=status, reason=reason, scores={}, provenance=_provenance(plan, now, now))
+    return Row(
+        **_identity(plan), status=status, reason=reason, scores={}, provenance=_provenance(plan, now, now)
+    )
 
 
 def _identity(plan: RowPlan) -> dict[str, Any]:
@@ -255,7 +269,7 @@ def _identity(plan: RowPlan) -> dict[str, Any]:
     axes = {"suppression": suite.suppression.model_dump(), "adherence": suite.adherence.model_dump()}
     return {
         "suite": SuiteKey(name=suite.name, version=suite.version),
-        "model": Path(plan.model).name,
+        "model": plan.model_name,
         "method": recipe.name,
         "setting": recipe.setting,
         "control": recipe.control,
@@ -264,7 +278,10 @@ def _identity(plan: RowPlan) -> dict[str, Any]:
         "summary": " + ".join(p.summary for p in recipe.parts),
         "citation": "; ".join(dict.fromkeys(p.citation for p in recipe.parts if p.citation)),
         "config": {"method": recipe.config(), "sampler": suite.sampler.model_dump(mode="json")},
-        "seeds": {"noise": f"sha256(noise, {suite.key}, prompt id, image index)", "fit": "sha256(fit, suite, method)"},
+        "seeds": {
+            "noise": f"sha256(noise, {suite.key}, prompt id, image index)",
+            "fit": "sha256(fit, suite, method)",
+        },
         "axes": axes,
     }
 
@@ -355,7 +372,7 @@ def _per_image(measured: Sequence[Mapping[str, Any]]) -> float:
 
 def _provenance(plan: RowPlan, started: str, finished: str) -> Provenance:
     commit, dirty = provenance.git_state()
-    weights = {f"{Path(plan.model).name}/{k}": v for k, v in weights_sha256(plan.model).items()}
+    weights = {f"{plan.model_name}/{k}": v for k, v in weights_sha256(plan.model).items()}
     return Provenance(
         git_commit=commit,
         dirty=dirty,
@@ -401,6 +418,7 @@ def _write_references(base: RowPlan, runs: Path) -> None:
         for name in sorted({r for key in base.images for r in key.prompt.references}):
             path = folder / f"{name}.png"
             if not path.exists():
+                path.parent.mkdir(exist_ok=True)
                 temporary = path.with_suffix(".tmp")
                 Image.fromarray(prompts.reference(name).image).save(temporary, format="png")
                 temporary.replace(path)
@@ -412,5 +430,3 @@ def report_failures(outcome: Outcome) -> None:
         print(f"lethe: {failure.job} failed: {failure.error}", file=sys.stderr)
     if outcome.failures:
         raise RunError(f"{len(outcome.failures)} jobs failed; the other rows are complete")
-
-

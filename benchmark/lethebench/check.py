@@ -50,7 +50,9 @@ class Result:
 class Subject:
     """The method under check with a model, a prompt set and a quick fit, made once and shared."""
 
-    def __init__(self, spec: str, model: Model, prompts: PromptSet, sampler: SamplerSettings = _SAMPLER) -> None:
+    def __init__(
+        self, spec: str, model: Model, prompts: PromptSet, sampler: SamplerSettings = _SAMPLER
+    ) -> None:
         self.spec, self.model, self.prompts, self.sampler = spec, model, prompts, sampler
         self.cls: type[Method] = METHODS.get(spec)
 
@@ -119,7 +121,9 @@ def check_settings_have_help(subject: Subject) -> None:
     """Every setting has help text."""
     if dataclasses.is_dataclass(subject.cls):
         for field in dataclasses.fields(subject.cls):
-            assert field.metadata.get("help"), f"setting `{field.name}` has no help: use lethebench.method.setting"
+            assert field.metadata.get("help"), (
+                f"setting `{field.name}` has no help: use lethebench.method.setting"
+            )
 
 
 def check_three_strengths(subject: Subject) -> None:
@@ -260,7 +264,13 @@ def _same_state(before: dict[str, Any], after: dict[str, Any], when: str) -> Non
         assert same, f"the model's {key} changed {when}"
 
 
-_STATIC = ("declares_its_facts", "constructor_only_stores", "settings_have_help", "three_strengths", "pickles")
+_STATIC = (
+    "declares_its_facts",
+    "constructor_only_stores",
+    "settings_have_help",
+    "three_strengths",
+    "pickles",
+)
 """Checks that need no fit and no images."""
 
 

@@ -109,7 +109,9 @@ def _bench(
 
 @app.command(epilog="Example: lethe bench uniforget --suite planted --strength all")
 def bench(
-    method: Annotated[str, typer.Argument(help="A method, a+b, path.py:Class, a comma-separated list, or 'all'.")],
+    method: Annotated[
+        str, typer.Argument(help="A method, a+b, path.py:Class, a comma-separated list, or 'all'.")
+    ],
     suite: SuiteName = "planted",
     model: ModelName = None,
     strength: Strength = "all",
@@ -162,15 +164,17 @@ def _stage(until: str, done: str) -> Any:
     return command
 
 
-app.command("fit", help="Fit a method and store the artefact.", epilog="Example: lethe fit uniforget --strength weak")(
-    _stage("fit", "fitted parts")
-)
 app.command(
-    "generate", help="Fit, then generate the images.", epilog="Example: lethe generate uniforget --suite smoke"
+    "fit", help="Fit a method and store the artefact.", epilog="Example: lethe fit uniforget --strength weak"
+)(_stage("fit", "fitted parts"))
+app.command(
+    "generate",
+    help="Fit, then generate the images.",
+    epilog="Example: lethe generate uniforget --suite smoke",
 )(_stage("shard", "shards"))
-app.command("score", help="Fit, generate, then measure.", epilog="Example: lethe score uniforget --suite smoke")(
-    _stage("scores", "scored shards")
-)
+app.command(
+    "score", help="Fit, generate, then measure.", epilog="Example: lethe score uniforget --suite smoke"
+)(_stage("scores", "scored shards"))
 
 
 @app.command(epilog="Example: lethe leaderboard --runs runs --out site")
@@ -227,7 +231,7 @@ def info(
         return
     found = listing.info(what, name)
     if json_:
-        print(json.dumps(found, indent=1, default=str))
+        print(json.dumps(found, indent=1, default=listing.as_json))
     else:
         print(listing.text(found))
 

@@ -86,11 +86,16 @@ class Recipe:
     def apply(self, model: Model, artefacts: Sequence[Artefact]) -> Iterator[list[SamplerHooks]]:
         """Apply the first ``len(artefacts)`` parts in order; undone in reverse at the end."""
         with ExitStack() as stack:
-            yield [stack.enter_context(p.apply(model, a)) for p, a in zip(self.parts, artefacts, strict=False)]
+            yield [
+                stack.enter_context(p.apply(model, a)) for p, a in zip(self.parts, artefacts, strict=False)
+            ]
 
 
 def recipes(
-    spec: str, strength: str = "all", overrides: Mapping[str, Any] | None = None, suite_fit: Mapping[str, Any] | None = None
+    spec: str,
+    strength: str = "all",
+    overrides: Mapping[str, Any] | None = None,
+    suite_fit: Mapping[str, Any] | None = None,
 ) -> list[Recipe]:
     """The recipes of ``spec`` (``name``, ``path.py:Class`` or ``a+b``) at one strength or at all.
 
@@ -122,7 +127,10 @@ def recipes(
 def _named(strength: str, classes: Sequence[type[Method]]) -> list[str]:
     names = strength.split("+")
     if len(names) == 1:
-        names = [strength if strength in c.strengths or len(c.strengths) > 1 else next(iter(c.strengths)) for c in classes]
+        names = [
+            strength if strength in c.strengths or len(c.strengths) > 1 else next(iter(c.strengths))
+            for c in classes
+        ]
     if len(names) != len(classes):
         raise UserError(f"strength '{strength}' names {len(names)} parts, the method has {len(classes)}")
     return names
@@ -131,8 +139,10 @@ def _named(strength: str, classes: Sequence[type[Method]]) -> list[str]:
 def _assign(overrides: Mapping[str, Any], classes: Sequence[type[Method]]) -> dict[str, dict[str, Any]]:
     given: dict[str, dict[str, Any]] = {c.name: {} for c in classes}
     for key, value in overrides.items():
-        part, dot, field = key.rpartition(".")
-        owners = [c for c in classes if field in getattr(c, "__dataclass_fields__", {}) and part in ("", c.name)]
+        part, _, field = key.rpartition(".")
+        owners = [
+            c for c in classes if field in getattr(c, "__dataclass_fields__", {}) and part in ("", c.name)
+        ]
         if len(owners) != 1:
             known = sorted({f for c in classes for f in getattr(c, "__dataclass_fields__", {})})
             problem = "names several parts" if owners else "is not a setting of the method"

@@ -79,13 +79,13 @@ def _model(name: str) -> list[Finding]:
 
 
 def _judges() -> list[Finding]:
+    from lethebench.judges.base import read_folder
     from lethebench.plan import builtin_folder
-    from lethebench.weights import verify
 
     found = []
     for record in sorted(builtin_folder("").glob("*-mini/weights.json")):
         try:
-            verify(record.parent)
+            read_folder(record.parent.name, record.parent)
             found.append(Finding(f"judge {record.parent.name}", True, "files match their hashes"))
         except LetheError as error:
             found.append(Finding(f"judge {record.parent.name}", False, str(error)))
@@ -98,7 +98,9 @@ def _machine() -> list[Finding]:
     facts = hardware("cpu")
     memory = float(facts["memory_gib"])
     detail = f"{facts['processor']}, {facts['cores']} physical cores, {memory:g} GiB"
-    return [Finding("machine", memory >= 4, detail if memory >= 4 else f"{detail}: at least 4 GiB are needed")]
+    return [
+        Finding("machine", memory >= 4, detail if memory >= 4 else f"{detail}: at least 4 GiB are needed")
+    ]
 
 
 def _disk(runs: Path) -> list[Finding]:

@@ -78,7 +78,9 @@ class SamplerHooks:
         """Change the initial latents (unit normal, before the scheduler's scaling)."""
         return latents
 
-    def guidance(self, combined: Tensor, unconditional: Tensor | None, conditional: Tensor, step: Step) -> Tensor:
+    def guidance(
+        self, combined: Tensor, unconditional: Tensor | None, conditional: Tensor, step: Step
+    ) -> Tensor:
         """Change the guided prediction; ``combined`` is what classifier-free guidance gave."""
         return combined
 

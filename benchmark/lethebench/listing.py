@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ def entries(what: str) -> list[dict[str, Any]]:
         return [{"name": n, "summary": load_suite(n).description} for n in suite_names()]
     registry = REGISTRIES[what]
     found = [{"name": name, **_facts(what, item)} for name, item in registry.items()]
-    broken = [{"name": name, "summary": "", "error": error} for name, error in sorted(registry.errors.items())]
+    broken = [
+        {"name": name, "summary": "", "error": error} for name, error in sorted(registry.errors.items())
+    ]
     return found + broken
 
 
@@ -111,3 +114,10 @@ def text(record: dict[str, Any]) -> str:
         else:
             lines.append(f"{key}: {value}")
     return "\n".join(lines)
+
+
+def as_json(value: Any) -> Any:
+    """What JSON can't hold: a table as a list of records, anything else as its text."""
+    if hasattr(value, "to_json"):
+        return json.loads(value.to_json(orient="records"))
+    return str(value)

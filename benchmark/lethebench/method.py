@@ -114,7 +114,9 @@ class Task:
     def _require(self, what: Knowledge) -> None:
         if what not in self._knowledge:
             declared = ", ".join(sorted(self._knowledge)) or "nothing"
-            raise KnowledgeError(f"the method asked for {what}, but declares {declared}: add it to `knowledge`")
+            raise KnowledgeError(
+                f"the method asked for {what}, but declares {declared}: add it to `knowledge`"
+            )
 
 
 class Method(ABC):

@@ -15,11 +15,11 @@ from lethebench.errors import UserError
 from lethebench.hooks import ImageKey
 from lethebench.prompts import Prompt, PromptSet
 from lethebench.provenance import DECISIVE, SAMPLER_CODE, SCORING_CODE, code_sha256, packages
-from lethebench.registry import METRICS, MODELS, PROMPT_SETS, source_sha256
+from lethebench.registry import METRICS, PROMPT_SETS, source_sha256
 from lethebench.row import SCHEMA
 from lethebench.seeding import derive_seed
 from lethebench.specs import Selection, Suite
-from lethebench.store import digest, file_sha256
+from lethebench.store import digest
 
 
 @dataclass(frozen=True)
@@ -42,22 +42,15 @@ def prompt_set(name: str) -> PromptSet:
 
 @lru_cache(maxsize=4)
 def manifest_sha256(name: str) -> str:
-    """The SHA-256 of a prompt set's manifest."""
-    return digest(prompt_set(name).manifest())
+    """The SHA-256 of a prompt set's manifest and of the source that makes its references."""
+    return digest([prompt_set(name).manifest(), source_sha256(PROMPT_SETS.get(name))])
 
 
-@lru_cache(maxsize=8)
 def weights_sha256(model: str) -> dict[str, str]:
-    """The SHA-256 of each weights file of a model: as recorded beside them, or computed."""
-    entry = MODELS.get(model) if model in MODELS else None
-    folder = builtin_folder(entry.source) if entry is not None and entry.builtin else Path(model)
-    record = folder / "weights.json"
-    if record.is_file():
-        found: dict[str, str] = json.loads(record.read_text())
-        return found
-    if folder.is_dir():
-        return {str(p.relative_to(folder)): file_sha256(p) for p in sorted(folder.rglob("*.safetensors"))}
-    return {"model": model}
+    """The SHA-256 of each weights file of a model."""
+    from lethebench.zoo import weights_sha256 as of_files
+
+    return of_files(model)
 
 
 def builtin_folder(name: str) -> Path:
@@ -97,8 +90,10 @@ def _selected(selection: Selection, suite: Suite, prompts: PromptSet) -> Iterato
         and (selection.min_duplicates is None or (p.duplicates or 0) >= selection.min_duplicates)
     ]
     if not fits:
-        raise UserError(f"suite {suite.key}: no prompt of {suite.prompt_set} has role {selection.role}"
-                        + (f" and kind {', '.join(selection.kinds)}" if selection.kinds else ""))
+        raise UserError(
+            f"suite {suite.key}: no prompt of {suite.prompt_set} has role {selection.role}"
+            + (f" and kind {', '.join(selection.kinds)}" if selection.kinds else "")
+        )
     clusters = sorted({p.cluster for p in fits}, key=lambda c: derive_seed("select", suite.key, c))
     kept = set(clusters[: selection.limit])
     return (p for p in fits if p.cluster in kept)
@@ -129,7 +124,11 @@ class RowPlan:
         if other is prompt:
             return prompt
         return replace(
-            prompt, text=other.text, references=other.references, attributes=other.attributes, concept=other.concept
+            prompt,
+            text=other.text,
+            references=other.references,
+            attributes=other.attributes,
+            concept=other.concept,
         )
 
     @cached_property
@@ -183,7 +182,9 @@ class RowPlan:
 
     def row_key(self, base: RowPlan) -> dict[str, Any]:
         """All that determines the row but its timings."""
-        scores = [[digest(self.scores_key(i, m)) for m in self.suite.metrics] for i in range(len(self.shards))]
+        scores = [
+            [digest(self.scores_key(i, m)) for m in self.suite.metrics] for i in range(len(self.shards))
+        ]
         paired = [digest(base.shard_key(i)) for i in range(len(base.shards))]
         return {
             "what": "row",
@@ -196,7 +197,14 @@ class RowPlan:
             "runner": code_sha256("bench.py", "row.py", "plan.py"),
         }
 
+    @property
+    def model_name(self) -> str:
+        """The model's short name."""
+        from lethebench.zoo import find_model
+
+        return find_model(self.model).name
+
     def folder(self, runs: Path) -> Path:
         """Where the row is written: ``<suite>@<version>/<model>/<method>/<setting>`` (URL-quoted)."""
-        names = (self.suite.key, Path(self.model).name, self.recipe.name, self.recipe.setting)
+        names = (self.suite.key, self.model_name, self.recipe.name, self.recipe.setting)
         return runs.joinpath(*(quote(n, safe="@+=,-._ ") for n in names))

@@ -48,7 +48,9 @@ class Registry(Generic[T]):
             raise UserError(f"{self.kind} {item!r} has no valid name: use lower case, digits, '-' and '.'")
         known = self._items.get(name)
         if known is not None and known is not item and _origin(known) != _origin(item):
-            raise UserError(f"{self.kind} '{name}' is registered already, by {_origin(known)}; choose another name")
+            raise UserError(
+                f"{self.kind} '{name}' is registered already, by {_origin(known)}; choose another name"
+            )
         self._items[name] = item
         return item
 
@@ -84,7 +86,9 @@ class Registry(Generic[T]):
         package = importlib.import_module(self.room)
         for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__)):
             if not module.startswith("_"):
-                self._guarded(module.replace("_", "-"), lambda m=module: importlib.import_module(f"{self.room}.{m}"))
+                self._guarded(
+                    module.replace("_", "-"), lambda m=module: importlib.import_module(f"{self.room}.{m}")
+                )
         for point in sorted(entry_points(group=self.group), key=lambda p: p.name):
             self._guarded(point.name, lambda p=point: self.register(p.load()))
 
@@ -111,7 +115,9 @@ class Registry(Generic[T]):
             except Exception as error:
                 del sys.modules[module_name]
                 first = str(error).splitlines()[0] if str(error) else ""
-                raise UserError(f"{self.kind} file {path} failed to import: {type(error).__name__}: {first}") from error
+                raise UserError(
+                    f"{self.kind} file {path} failed to import: {type(error).__name__}: {first}"
+                ) from error
         if not attribute:
             raise UserError(f"say which class of {path} is the {self.kind}: {path}:ClassName")
         item = getattr(module, attribute, None)
@@ -152,8 +158,12 @@ def source_sha256(item: Any) -> str:
     return digest.hexdigest()
 
 
-METHODS: Registry[Any] = Registry("method", "lethebench.method:Method", "lethebench.methods", "lethebench.methods")
-METRICS: Registry[Any] = Registry("metric", "lethebench.metric:Metric", "lethebench.metrics", "lethebench.metrics")
+METHODS: Registry[Any] = Registry(
+    "method", "lethebench.method:Method", "lethebench.methods", "lethebench.methods"
+)
+METRICS: Registry[Any] = Registry(
+    "metric", "lethebench.metric:Metric", "lethebench.metrics", "lethebench.metrics"
+)
 PROMPT_SETS: Registry[Any] = Registry(
     "prompt set", "lethebench.prompts:PromptSet", "lethebench.datasets", "lethebench.prompt_sets"
 )

@@ -43,7 +43,9 @@ def explained(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise UserError(f"the disk of {folder} is full: free some space and run again; nothing is lost") from error
+            raise UserError(
+                f"the disk of {folder} is full: free some space and run again; nothing is lost"
+            ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
             raise UserError(f"can't write to {folder}: choose another folder with --runs") from error
         raise
@@ -57,7 +59,7 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -131,7 +133,7 @@ def _damage(folder: Path) -> str | None:
 
 def _rename_unless_there(temporary: Path, final: Path) -> None:
     try:
-        os.rename(temporary, final)
+        temporary.rename(final)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise

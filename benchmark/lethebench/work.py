@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterator
+from typing import TYPE_CHECKING, Any
 
-from lethebench.composition import Recipe, recipes
+from lethebench.composition import recipes
 from lethebench.errors import RunError
 from lethebench.method import Artefact, Task, settings_of
 from lethebench.plan import RowPlan, Runtime, prompt_set
 from lethebench.registry import METRICS
 from lethebench.specs import Suite
-from lethebench.store import Store, write_atomic
+from lethebench.store import Store
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,7 +51,17 @@ class Job:
         """The job that does one part of a planned row."""
         r = plan.recipe
         overrides = tuple(sorted(r.overrides.items()))
-        return Job(what, number, plan.suite, plan.model, r.specs, r.strengths, overrides, plan.runtime, str(store.root))
+        return Job(
+            what,
+            number,
+            plan.suite,
+            plan.model,
+            r.specs,
+            r.strengths,
+            overrides,
+            plan.runtime,
+            str(store.root),
+        )
 
     def plan(self) -> RowPlan:
         """The planned row, made again from the names."""
@@ -119,10 +129,14 @@ def fit_part(plan: RowPlan, part: int, store: Store) -> Path:
         artefact = method.fit(task)
         seconds = time.perf_counter() - began
     measured = {"seconds": seconds, "peak_memory_bytes": memory[0]}
-    return store.put("fit", key, lambda folder: write_artefact(artefact, folder, measured, settings_of(method)))
+    return store.put(
+        "fit", key, lambda folder: write_artefact(artefact, folder, measured, settings_of(method))
+    )
 
 
-def write_artefact(artefact: Artefact, folder: Path, measured: dict[str, Any], settings: dict[str, Any]) -> None:
+def write_artefact(
+    artefact: Artefact, folder: Path, measured: dict[str, Any], settings: dict[str, Any]
+) -> None:
     """Write an artefact as safetensors and JSON."""
     from safetensors.torch import save_file
 
@@ -172,7 +186,9 @@ def generate_shard(plan: RowPlan, shard: int, store: Store) -> Path:
     return store.put("shard", key, write)
 
 
-def _draw(plan: RowPlan, model: Model, keys: Sequence[ImageKey], artefacts: Sequence[Artefact]) -> dict[str, Any]:
+def _draw(
+    plan: RowPlan, model: Model, keys: Sequence[ImageKey], artefacts: Sequence[Artefact]
+) -> dict[str, Any]:
     import numpy as np
     import torch
 
@@ -232,7 +248,9 @@ def score_shard(plan: RowPlan, shard: int, metric: str, store: Store) -> Path:
     measured = {"seconds": time.perf_counter() - began, "images": len(plan.shards[shard])}
 
     def write(folder: Path) -> None:
-        columns_frame(columns, len(plan.shards[shard]), metric).to_parquet(folder / "scores.parquet", index=False)
+        columns_frame(columns, len(plan.shards[shard]), metric).to_parquet(
+            folder / "scores.parquet", index=False
+        )
         (folder / "facts.json").write_text(json.dumps(measurer.facts(), sort_keys=True, default=str))
         (folder / "measured.json").write_text(json.dumps(measured))
 
@@ -329,5 +347,3 @@ def _peak_resident() -> int | None:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     return None
-
-

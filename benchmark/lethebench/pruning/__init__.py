@@ -6,15 +6,20 @@
 - :func:`zeroed`, :func:`zero_`: set the weights of the masked parts to zero; same output as hard masks;
 - :func:`shrink`, :func:`save_pruned`, :func:`load_pruned`: a physically smaller pipeline; same output.
 
+- :func:`pack`, :func:`unpack`, :func:`installed`, :func:`mask_facts`: masks as a method's artefact.
+
 A mask maps the name of a site to a boolean vector: True keeps the element.
 """
 
+from lethebench.pruning.artefact import CHANGE, KEEP, installed, mask_facts, pack, unpack
 from lethebench.pruning.gates import gated
 from lethebench.pruning.shrink import load_pruned, save_pruned, shrink
 from lethebench.pruning.sites import KINDS, Masks, Site, check_masks, find_sites
 from lethebench.pruning.zero import Counts, count, zero_, zeroed
 
 __all__ = [
+    "CHANGE",
+    "KEEP",
     "KINDS",
     "Counts",
     "Masks",
@@ -23,9 +28,13 @@ __all__ = [
     "count",
     "find_sites",
     "gated",
+    "installed",
     "load_pruned",
+    "mask_facts",
+    "pack",
     "save_pruned",
     "shrink",
+    "unpack",
     "zero_",
     "zeroed",
 ]

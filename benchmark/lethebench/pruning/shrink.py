@@ -52,7 +52,7 @@ def shrink_denoiser(denoiser: nn.Module, masks: Masks) -> nn.Module:
     sites = find_sites(denoiser)
     check_masks(sites, masks)
     masks = {name: mask.cpu() for name, mask in masks.items()}
-    smaller = _same_structure(denoiser)
+    smaller = copy.deepcopy(denoiser)
     zero_entries_(smaller, kept_entries(denoiser, sites, masks))
     sites = [s for s in sites if s.name in masks]
     at_least_one = {name: _at_least_one(mask) for name, mask in masks.items()}
@@ -61,11 +61,6 @@ def shrink_denoiser(denoiser: nn.Module, masks: Masks) -> nn.Module:
     forms = _forms(smaller, sites, at_least_one, kept)
     state.update(_indices(smaller, forms, kept))
     return _install(smaller, forms, state)
-
-
-def _same_structure(module: nn.Module) -> nn.Module:
-    """A copy of the module with its own parameters but without its hooks' targets being shared."""
-    return copy.deepcopy(module)
 
 
 def _at_least_one(mask: Tensor) -> Tensor:
@@ -162,8 +157,11 @@ def save_pruned(pipe: Any, folder: Path | str, record: Mapping[str, Any] | None 
     return folder
 
 
-def load_pruned(folder: Path | str, torch_dtype: torch.dtype | None = None) -> Any:
-    """Load a pipeline that :func:`save_pruned` wrote. Raises UserError where the folder isn't one."""
+def load_pruned(folder: Path | str, torch_dtype: torch.dtype | None = None, **options: Any) -> Any:
+    """Load a pipeline that :func:`save_pruned` wrote. Raises UserError where the folder isn't one.
+
+    ``options`` go to the pipeline's ``from_pretrained``; ``dtype`` may be one type, or types by component.
+    """
     import diffusers
     from accelerate import init_empty_weights
 
@@ -177,11 +175,13 @@ def load_pruned(folder: Path | str, torch_dtype: torch.dtype | None = None) -> A
     denoiser_class = getattr(diffusers, index[component][1])
     with init_empty_weights(include_buffers=False):
         denoiser = denoiser_class.from_config(denoiser_class.load_config(folder / component))
-    denoiser = _install(denoiser, content["modules"], _read_state(folder / component)).eval()
-    if torch_dtype is not None:
-        denoiser.to(torch_dtype)
+    _install(denoiser, content["modules"], _read_state(folder / component))
+    dtype = options.pop("dtype", torch_dtype)
+    own = dtype.get(component, dtype.get("default")) if isinstance(dtype, dict) else dtype
+    if own is not None:
+        nn.Module.to(denoiser, dtype=own)
     pipeline_class = getattr(diffusers, index["_class_name"])
-    return pipeline_class.from_pretrained(folder, torch_dtype=torch_dtype, **{component: denoiser})
+    return pipeline_class.from_pretrained(folder, dtype=dtype, **{component: denoiser.eval(), **options})
 
 
 def _read_state(folder: Path) -> dict[str, Tensor]:

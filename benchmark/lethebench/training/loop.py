@@ -7,6 +7,7 @@ safetensors (weights, optimiser moments) and JSON (step), written to a temporary
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -27,6 +28,11 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> floa
         return peak * (step + 1) / warmup
     left = (steps - step) / max(1, steps - warmup)
     return peak * max(0.02, left)
+
+
+def recipe_key(*recipes: Any) -> str:
+    """A short hash of frozen dataclasses: two runs with one key may share a checkpoint."""
+    return hashlib.sha256(repr(recipes).encode()).hexdigest()[:16]
 
 
 def step_generator(name: str, step: int, seed: int = 0) -> torch.Generator:
@@ -50,17 +56,19 @@ def fit(
     clip: float = 1.0,
     seed: int = 0,
     checkpoint_seconds: float = 60.0,
+    key: str = "",
     on_checkpoint: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Minimise ``loss(step, generator)`` over the parameters of ``modules`` with AdamW.
 
-    Resumes from ``folder`` where it holds a checkpoint of this run. Returns what a model card needs:
-    steps, seconds (of all sessions), final loss (exponential mean). Raises FloatingPointError on a
+    Resumes from ``folder`` where it holds a checkpoint of this run, told by ``key`` (see
+    :func:`recipe_key`); a checkpoint of another recipe is not resumed and will be overwritten. Returns
+    what a model card needs: steps, seconds (of all sessions), final loss (exponential mean). Raises FloatingPointError on a
     loss that is not finite, leaving the last good checkpoint in place.
     """
     parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=peak_lr, betas=betas, weight_decay=weight_decay)
-    state = _resume(folder, modules, optimizer)
+    state = _resume(folder, modules, optimizer, key)
     start, spent, smooth = int(state["step"]), float(state["seconds"]), state["loss"]
     began = saved = time.monotonic()
     with progress(name, total=steps, done=start) as bar:
@@ -80,7 +88,7 @@ def fit(
             bar.advance(1, note=f"loss {smooth:.4f}")
             if time.monotonic() - saved > checkpoint_seconds or step + 1 == steps:
                 seconds = spent + time.monotonic() - began
-                _save(folder, modules, optimizer, {"step": step + 1, "seconds": seconds, "loss": smooth})
+                _save(folder, modules, optimizer, {"step": step + 1, "seconds": seconds, "loss": smooth, "key": key})
                 saved = time.monotonic()
                 if on_checkpoint is not None:
                     on_checkpoint(step + 1)
@@ -102,7 +110,7 @@ def _save(folder: Path, modules: Mapping[str, nn.Module], optimizer: Any, state:
     os.replace(temporary, folder / "checkpoint.safetensors")
 
 
-def _resume(folder: Path, modules: Mapping[str, nn.Module], optimizer: Any) -> dict[str, Any]:
+def _resume(folder: Path, modules: Mapping[str, nn.Module], optimizer: Any, key: str) -> dict[str, Any]:
     path = folder / "checkpoint.safetensors"
     if not path.exists():
         return {"step": 0, "seconds": 0.0, "loss": None}
@@ -110,6 +118,8 @@ def _resume(folder: Path, modules: Mapping[str, nn.Module], optimizer: Any) -> d
 
     with safe_open(path, framework="pt") as f:  # type: ignore[no-untyped-call]
         state: dict[str, Any] = json.loads(f.metadata()["state"])
+    if state.get("key", "") != key:
+        return {"step": 0, "seconds": 0.0, "loss": None}
     tensors = load_file(path)
     for m, module in modules.items():
         prefix = f"model.{m}."
