@@ -225,7 +225,7 @@ def check_composes(subject: Subject) -> None:
     """The method works inside another method's context, and both are undone."""
     from lethebench.sampler import sample
 
-    other = configure(METHODS.get("random-tokens"), "1")
+    other = configure(METHODS.get("random-tokens"), "weak")
     before = _state(subject.model)
     with other.apply(subject.model, Artefact()) as first:
         with subject.method.apply(subject.model, subject.artefact) as second:

@@ -37,7 +37,7 @@ def _rows(runs: Path) -> dict[str, str]:
 
 
 def _bench(suite: Path, runs: Path, method: str = "random-tokens", **options) -> lethebench.bench.Outcome:
-    options = {"runtime": ONE_THREAD, "strength": "1", **options}
+    options = {"runtime": ONE_THREAD, "strength": "weak", **options}
     return run([method], suite=str(suite), runs=runs, **options)
 
 
@@ -46,12 +46,12 @@ def test_a_run_writes_rows_tables_and_images(tiny_suite: Path, tmp_path: Path) -
     assert [(r.method, r.setting, r.status) for r in outcome.rows] == [
         ("base", "default", "ok"),
         ("blank", "default", "ok"),
-        ("random-tokens", "1", "ok"),
+        ("random-tokens", "weak", "ok"),
     ]
     blank = outcome.rows[1].scores["brightness.mean"]
     assert blank.value == pytest.approx(0.5, abs=0.01)
     assert blank.base_difference is not None
-    folder = tmp_path / "runs/tiny@1/tiny-sd/random-tokens/1"
+    folder = tmp_path / "runs/tiny@1/tiny-sd/random-tokens/weak"
     table = pd.read_parquet(folder / "images.parquet")
     assert len(table) == outcome.rows[2].scores["brightness.mean"].n == len(list((folder / "images").iterdir()))
     for _, image in table.iterrows():
@@ -149,7 +149,7 @@ def test_unknown_names_fail_before_any_work(tiny_suite: Path, tmp_path: Path) ->
 def test_a_run_killed_at_any_instant_resumes_to_the_same_rows(tiny_suite: Path, tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "lethebench.cli", "bench", "random-tokens", "--suite", str(tiny_suite),
-        "--strength", "1", "--threads", "1",
+        "--strength", "weak", "--threads", "1",
     ]  # fmt: skip
 
     def start(name: str) -> subprocess.Popen[bytes]:

@@ -107,9 +107,9 @@ def test_a_composition_keeps_order_and_pairs_strengths(plugin: Path) -> None:
     found = recipes(f"{plugin}:Mine+base")
     assert [r.name for r in found] == ["mine+base"] * 3
     assert [r.strengths for r in found] == [("a", "default"), ("b", "default"), ("c", "default")]
-    one = recipes(f"{plugin}:Mine+random-tokens", "b+4", {"mine.x": 9})[0]
+    one = recipes(f"{plugin}:Mine+random-tokens", "b+strong", {"mine.x": 9})[0]
     assert one.parts[0].x == 9  # type: ignore[attr-defined]
-    assert one.setting == "b+4,mine.x=9"
+    assert one.setting == "b+strong,mine.x=9"
 
 
 def test_every_registered_method_declares_a_family() -> None:
