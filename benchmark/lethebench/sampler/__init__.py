@@ -1,0 +1,30 @@
+"""The one sampler: a single denoising loop for Stable Diffusion 1.x/2.x, XL, 3 and FLUX.
+
+- :func:`sample` draws images and calls the hooks of ``lethebench.hooks``;
+- :class:`Chain` gives the same chain as pure, differentiable steps, for methods that learn through it;
+- :func:`initial_latents` and :func:`encode_prompts` are the two inputs of either.
+
+Under classifier-free guidance the denoiser sees one batch of 2B, the unconditional half first: what a
+module hook or an attention processor must know.
+
+With the same initial latents the loop equals the diffusers pipeline's own output
+(``output_type="latent"``): see ``tests/sampler``.
+"""
+
+from __future__ import annotations
+
+from lethebench.sampler._chain import Chain
+from lethebench.sampler._families import encode_prompts, image_size, pack_latents, unpack_latents
+from lethebench.sampler._loop import Samples, decode, initial_latents, sample
+
+__all__ = [
+    "Chain",
+    "Samples",
+    "decode",
+    "encode_prompts",
+    "image_size",
+    "initial_latents",
+    "pack_latents",
+    "sample",
+    "unpack_latents",
+]

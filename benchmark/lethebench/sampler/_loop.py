@@ -1,0 +1,199 @@
+"""The denoising loop: every image of every model family and method is drawn here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lethebench.hooks import Conditioning, ImageKey, SamplerHooks, Step
+from lethebench.sampler._families import Adapter, adapter_for, join
+from lethebench.sampler._schedulers import prepared_scheduler, step_arguments
+from lethebench.seeding import generator
+
+if TYPE_CHECKING:
+    from lethebench.specs import SamplerSettings
+    from lethebench.zoo import Model
+
+_DECODED_PIXELS = 2**20
+"""Pixels that the VAE decodes at once: 256 images of 64 pixels a side, or one of 1024."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images and what is known of how they came about, in the order of the keys.
+
+    ``images``: uint8 ``[n, height, width, 3]``. ``latents``: float32 ``[n, channels, height, width]``,
+    the final latents in the VAE's layout, before its scaling factor is undone. ``noise_norm``: float32
+    ``[n, steps]``, the l2 norm of conditional minus unconditional prediction at each step (the
+    magnitude of Wen et al. 2024 for a model that predicts epsilon); NaN without classifier-free guidance.
+    """
+
+    images: NDArray[np.uint8]
+    latents: NDArray[np.float32]
+    noise_norm: NDArray[np.float32]
+
+
+class Prediction(NamedTuple):
+    """Guided, unconditional (None without guidance) and conditional prediction, float32 ``[B, ...]``."""
+
+    combined: Tensor
+    unconditional: Tensor | None
+    conditional: Tensor
+
+
+def sample(
+    model: Model,
+    keys: Sequence[ImageKey],
+    settings: SamplerSettings,
+    hooks: Sequence[SamplerHooks] = (),
+    *,
+    batch_size: int = 32,
+    advance: Callable[[int], None] | None = None,
+) -> Samples:
+    """Draw the images of ``keys``, ``batch_size`` at a time; hooks are called in their order.
+
+    ``advance`` is told the number of images that each batch finished. Runs without gradients, under
+    ``torch.no_grad`` (inference mode was no faster), so that a hook may open ``torch.enable_grad``.
+    Neither the global random state nor the pipeline's scheduler is touched. Raises UserError for
+    settings that don't fit the model, ValueError without keys.
+    """
+    if not keys or batch_size < 1:
+        raise ValueError(f"nothing to draw: {len(keys)} keys in batches of {batch_size}")
+    adapter = adapter_for(model, settings)
+    batches = []
+    for start in range(0, len(keys), batch_size):
+        batch = tuple(keys[start : start + batch_size])
+        with torch.no_grad():
+            batches.append(_draw(adapter, batch, tuple(hooks)))
+        if advance is not None:
+            advance(len(batch))
+    images, latents, norms = zip(*batches, strict=True)
+    return Samples(np.concatenate(images), np.concatenate(latents), np.concatenate(norms))
+
+
+def initial_latents(model: Model, keys: Sequence[ImageKey], settings: SamplerSettings) -> Tensor:
+    """Unit normal latents of ``keys``, float32 on the CPU, as the denoiser takes them.
+
+    ``[n, channels, height, width]``; for FLUX packed, ``[n, tokens, 4 * channels]``. Each image's
+    are drawn from its key alone: batch, order, device, type, method and setting don't matter.
+    """
+    return _noise(adapter_for(model, settings), keys)
+
+
+def decode(model: Model, latents: Tensor) -> Tensor:
+    """Images uint8 ``[B, height, width, 3]`` of final latents ``[B, channels, height, width]``."""
+    config = model.pipe.vae.config
+    latents = latents.float()
+    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    if mean is not None and std is not None:
+        shape = (1, -1, 1, 1)
+        z = latents * latents.new_tensor(std).view(shape) / config.scaling_factor + latents.new_tensor(
+            mean
+        ).view(shape)
+    else:
+        z = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+    pixels = z.shape[-1] * z.shape[-2] * int(model.pipe.vae_scale_factor) ** 2
+    parts = z.split(max(1, _DECODED_PIXELS // pixels))
+    images = torch.cat([model.pipe.vae.decode(part, return_dict=False)[0] for part in parts])
+    return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def guided_prediction(
+    adapter: Adapter, latents: Tensor, timestep: Tensor, conditioning: Conditioning
+) -> Prediction:
+    """Classifier-free guidance (Ho and Salimans 2022): unconditional + scale * (conditional - unconditional).
+
+    ``latents`` are scaled as the scheduler asks. Both predictions come from one batch of 2B, the
+    unconditional half first, unless a hook changed the number of tokens of one of them.
+    """
+    negative = conditioning.negative
+    if negative is None:
+        conditional = adapter.predict(latents, timestep, conditioning)
+        return Prediction(conditional, None, conditional)
+    if negative.embeds.shape == conditioning.embeds.shape:
+        both = adapter.predict(torch.cat([latents, latents]), timestep, join(negative, conditioning))
+        unconditional, conditional = both.chunk(2)
+    else:
+        unconditional = adapter.predict(latents, timestep, negative)
+        conditional = adapter.predict(latents, timestep, conditioning)
+    combined = unconditional + adapter.settings.guidance_scale * (conditional - unconditional)
+    return Prediction(combined, unconditional, conditional)
+
+
+def _noise(adapter: Adapter, keys: Sequence[ImageKey]) -> Tensor:
+    shape = adapter.latent_shape
+    drawn = [torch.randn(shape, generator=generator("noise", k.suite, k.prompt.id, k.index)) for k in keys]
+    return adapter.pack(torch.stack(drawn))
+
+
+def _draw(
+    adapter: Adapter, keys: tuple[ImageKey, ...], hooks: tuple[SamplerHooks, ...]
+) -> tuple[Any, Any, Any]:
+    """One batch: images, latents and norms as numpy arrays."""
+    conditioning = _conditioning(adapter, keys, hooks)
+    noise = _noise(adapter, keys).to(adapter.model.device)
+    for hook in hooks:
+        noise = hook.initial_noise(noise, keys)
+    latents, norms = _denoise(adapter, noise, conditioning, keys, hooks)
+    latents = adapter.unpack(latents)
+    images = decode(adapter.model, latents)
+    for hook in hooks:
+        images = hook.images(images, keys)
+    return images.cpu().numpy(), latents.cpu().numpy(), norms.cpu().numpy()
+
+
+def _conditioning(
+    adapter: Adapter, keys: tuple[ImageKey, ...], hooks: tuple[SamplerHooks, ...]
+) -> Conditioning:
+    texts = [k.prompt.text for k in keys]
+    for hook in hooks:
+        texts = hook.texts(texts, keys)
+    conditioning = adapter.encode(texts)
+    for hook in hooks:
+        conditioning = hook.conditioning(conditioning, keys)
+    return conditioning
+
+
+def _denoise(
+    adapter: Adapter,
+    noise: Tensor,
+    conditioning: Conditioning,
+    keys: tuple[ImageKey, ...],
+    hooks: tuple[SamplerHooks, ...],
+) -> tuple[Tensor, Tensor]:
+    """From unit normal latents to final ones, both ``[B, ...]`` float32; and the norms ``[B, steps]``."""
+    scheduler = prepared_scheduler(adapter)
+    arguments = step_arguments(scheduler, keys)
+    total = len(scheduler.timesteps)
+    timesteps = scheduler.timesteps.to(noise.device)
+    norms = noise.new_full((len(keys), total), torch.nan)
+    latents = noise * getattr(scheduler, "init_noise_sigma", 1.0)
+    for index, time in enumerate(scheduler.timesteps):
+        scaled = _scaled(scheduler, latents, time)
+        step = Step(
+            index, total, timesteps[index], latents, keys, conditioning, adapter.settings.guidance_scale
+        )
+        predicted = guided_prediction(adapter, scaled, timesteps[index], conditioning)
+        combined, unconditional, conditional = predicted
+        if unconditional is not None:
+            norms[:, index] = (conditional - unconditional).flatten(1).norm(dim=1)
+        for hook in hooks:
+            combined = hook.guidance(combined, unconditional, conditional, step)
+        latents = scheduler.step(combined, time, latents, **arguments, return_dict=False)[0]
+        for hook in hooks:
+            latents = hook.step_end(latents, step)
+    return latents, norms
+
+
+def _scaled(scheduler: Any, latents: Tensor, time: Tensor) -> Tensor:
+    """The latents as the scheduler wants the denoiser to see them."""
+    if not hasattr(scheduler, "scale_model_input"):
+        return latents
+    found: Tensor = scheduler.scale_model_input(latents, time)
+    return found
