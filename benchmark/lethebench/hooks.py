@@ -50,8 +50,7 @@ class Conditioning:
 class Step:
     """One denoising step as the hooks see it.
 
-    ``latents`` is the input of the step, ``[B, ...]`` as the denoiser takes it (packed for FLUX);
-    ``sigma`` the noise level of the scheduler (None where it has none).
+    ``latents`` is the input of the step, ``[B, ...]`` as the denoiser takes it (packed for FLUX).
     """
 
     index: int

@@ -47,7 +47,7 @@ class Registry(Generic[T]):
         if not isinstance(name, str) or not _NAME.match(name):
             raise UserError(f"{self.kind} {item!r} has no valid name: use lower case, digits, '-' and '.'")
         known = self._items.get(name)
-        if known is not None and known is not item and _origin(known) != _origin(item):
+        if known is not None and known is not item and not _reloaded(known, item):
             raise UserError(
                 f"{self.kind} '{name}' is registered already, by {_origin(known)}; choose another name"
             )
@@ -132,6 +132,11 @@ class Registry(Generic[T]):
         fits = issubclass(item, base) if inspect.isclass(item) else isinstance(item, base)
         if not fits:
             raise UserError(f"{spec} is not a {self.kind}: it must derive from {module}.{name}")
+
+
+def _reloaded(known: Any, item: Any) -> bool:
+    """Whether two classes are the same one, imported twice (as a reload does)."""
+    return inspect.isclass(item) and _origin(known) == _origin(item)
 
 
 def _origin(item: Any) -> str:

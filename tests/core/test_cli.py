@@ -47,7 +47,7 @@ def _one_line(done: subprocess.CompletedProcess[str], *words: str) -> None:
         (["bench", "uniforget", "--engine", "slurm"], ["unknown engine", "local"]),
         (["bench", "uniforget", "--dtype", "int8"], ["unknown dtype", "float32"]),
         (["bench", "./nowhere.py:Method"], ["not found", "nowhere.py"]),
-        (["bench"], ["METHOD"]),
+        (["bench"], ["method"]),
         (["list", "method"], ["can't list", "methods"]),
         (["info", "metric", "fbmen"], ["unknown metric", "fbmem"]),
         (["leaderboard", "--runs", "no-such-folder"], ["no results"]),

@@ -116,3 +116,12 @@ def test_every_registered_method_declares_a_family() -> None:
     for name, cls in METHODS.items():
         assert isinstance(cls.family, Family), name
     assert METHODS.errors == {}
+
+
+def test_two_objects_of_one_name_are_refused() -> None:
+    from lethebench.zoo import ModelEntry
+
+    registry: Registry[ModelEntry] = Registry("model", "lethebench.zoo:ModelEntry", "lethebench.zoo", "lethebench.none")
+    registry.register(ModelEntry("twice", "sd", "one"))
+    with pytest.raises(UserError, match="registered already"):
+        registry.register(ModelEntry("twice", "sd", "other"))

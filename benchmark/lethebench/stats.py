@@ -1,0 +1,621 @@
+"""Intervals, paired tests, tie groups and curves: how Lethe says what it can and can't tell apart.
+
+The unit is the *prompt cluster* (the captions of one planted item, the scenes of one character), never the
+image: images of one prompt stand or fall together, and counting them as independent makes intervals too
+narrow. Every draw comes from a generator seeded by what it is for, so a table gives the same record anywhere.
+
+Definitions, all of them ours unless a source is named:
+
+- **Value.** The mean over the score's images (or the metric's own aggregate where a score is set-valued).
+- **Interval.** 95 % percentile bootstrap over clusters (Efron 1979; one image a cluster gives the ordinary
+  bootstrap). A share that is 0 or 1 on every image has no bootstrap spread; its interval is the exact
+  binomial one (Clopper and Pearson 1934) with the clusters as trials. A set-valued score (Frechet distance,
+  AUC, distinct matches) is resampled less often, and its percentiles are shifted so that the bootstrap's
+  mean falls on the value: a Frechet distance grows when a resample repeats images, and the raw percentiles
+  would miss it.
+- **Difference to base.** The mean over images of method minus base, on the same prompts and the same noise,
+  its interval from the same resamples.
+- **p-value.** Two-sided paired permutation test that flips the sign of whole clusters (Fisher; Phipson and
+  Smyth 2010 for its lower bound): every flip is tried up to :data:`EXACT_CLUSTERS` clusters, otherwise
+  :data:`PERMUTATIONS` are drawn and p = (1 + as extreme) / (1 + drawn), which is never 0.
+- **Rank.** See :func:`tie_groups`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lethebench.metric import Metric, Score
+from lethebench.row import Difference, ScoreRecord, Slice
+from lethebench.seeding import derive_seed
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Floats = NDArray[np.float64]
+
+CONFIDENCE = 0.95
+EXACT_CLUSTERS = 12
+"""Up to this many clusters every sign flip is tried (4,096 of them)."""
+PERMUTATIONS = 9_999
+SET_RESAMPLES = 200
+"""Resamples, and permutations, of a set-valued score."""
+ALPHA = 0.05
+KEYS = ["prompt_id", "index"]
+
+
+# --- selection ------------------------------------------------------------------------------------
+
+
+def select(score: Score, table: pd.DataFrame) -> pd.DataFrame:
+    """The images that a score is about: by role, kind and whether the item was trained.
+
+    ``table`` has one image a row, with the columns ``role``, ``kind`` and ``trained``. An empty set of
+    roles or kinds selects all; an unknown ``trained`` is neither True nor False.
+    """
+    keep = np.ones(len(table), dtype=bool)
+    if score.roles:
+        keep &= table["role"].isin([str(role) for role in score.roles]).to_numpy(dtype=bool)
+    if score.kinds:
+        keep &= table["kind"].isin(sorted(score.kinds)).to_numpy(dtype=bool)
+    if score.trained is not None:
+        keep &= (table["trained"] == score.trained).fillna(False).to_numpy(dtype=bool)
+    return table[keep]
+
+
+def is_mean(metric: Metric, score: Score) -> bool:
+    """Whether the score is a plain mean of its column over images.
+
+    A metric that overrides ``aggregate`` names the scores that are not in ``set_valued``; without that, all
+    of its scores are taken as set-valued.
+    """
+    if type(metric).aggregate is Metric.aggregate:
+        return True
+    named: frozenset[str] | None = getattr(metric, "set_valued", None)
+    return named is not None and score.name not in named
+
+
+# --- records --------------------------------------------------------------------------------------
+
+
+def summarise(
+    metric: Metric,
+    score: Score,
+    table: pd.DataFrame,
+    base_table: pd.DataFrame | None = None,
+    *,
+    resamples: int = 2000,
+    seed_parts: Sequence[object] = (),
+) -> ScoreRecord:
+    """The score with its interval, and with its difference to base where ``base_table`` is given.
+
+    ``table`` has one image a row: what is known of it (``prompt_id``, ``index``, ``role``, ``kind``,
+    ``cluster``, ...) and the metric's columns. Images with no value (NaN) count nowhere. The value is None
+    where no image has one; the interval is None where there are fewer than two clusters.
+    """
+    chosen = _valued(score, select(score, table))
+    clusters = int(chosen["cluster"].nunique())
+    value, low, high = _estimate(metric, score, chosen, resamples, seed_parts)
+    difference = None
+    if base_table is not None and value is not None:
+        base = _valued(score, select(score, base_table))
+        difference = _difference(metric, score, chosen, base, resamples, seed_parts)
+    finite = bool(np.isfinite(score.bounds).all())
+    return ScoreRecord(
+        value=value,
+        low=low,
+        high=high,
+        n=len(chosen),
+        clusters=clusters,
+        unit=score.unit,
+        direction=score.direction,
+        bounds=score.bounds if finite else None,
+        help=score.help,
+        judge=score.judge,
+        question=score.question,
+        metric=metric.name,
+        base_difference=difference,
+    )
+
+
+def slices(
+    metric: Metric,
+    score: Score,
+    table: pd.DataFrame,
+    *,
+    resamples: int = 2000,
+    seed_parts: Sequence[object] = (),
+) -> list[Slice]:
+    """The score by role, by kind, by kind and duplicates, and by category, where there are several of each.
+
+    Set-valued scores have no slices.
+    """
+    if not is_mean(metric, score):
+        return []
+    chosen = _valued(score, select(score, table))
+    found = []
+    for where, part in _parts(chosen):
+        parts = (*seed_parts, *(f"{k}={v}" for k, v in where.items()))
+        value, low, high = _estimate(metric, score, part, resamples, parts)
+        found.append(Slice(where=where, name=score.name, value=value, low=low, high=high, n=len(part)))
+    return found
+
+
+def _parts(table: pd.DataFrame) -> list[tuple[dict[str, str | int | bool], pd.DataFrame]]:
+    found: list[tuple[dict[str, str | int | bool], pd.DataFrame]] = []
+    for name in ("role", "kind", "category"):
+        groups = list(table.groupby(name, sort=True)) if name in table else []
+        if len(groups) > 1:
+            found += [({name: str(value)}, part) for value, part in groups]
+    if "duplicates" in table:
+        for kind, part in table.groupby("kind", sort=True):
+            doses = list(part.groupby("duplicates", sort=True))
+            if len(doses) > 1:
+                found += [({"kind": str(kind), "duplicates": int(str(dose))}, piece) for dose, piece in doses]
+    return found
+
+
+def _valued(score: Score, table: pd.DataFrame) -> pd.DataFrame:
+    """The rows that have a value: a number or vector without NaN, a text that is not empty."""
+    column = table[score.column]
+    if column.dtype != object and not hasattr(column.dtype, "storage"):
+        return table[column.notna().to_numpy(dtype=bool)]
+    return table[np.fromiter((_has_value(v) for v in column), dtype=bool, count=len(table))]
+
+
+def _has_value(value: Any) -> bool:
+    if value is None or isinstance(value, str):
+        return bool(value)
+    return not bool(np.isnan(np.asarray(value, dtype=float)).any())
+
+
+# --- bootstrap ------------------------------------------------------------------------------------
+
+
+def rng(*parts: object) -> np.random.Generator:
+    """A PCG64 generator seeded by what it is for."""
+    return np.random.Generator(np.random.PCG64(derive_seed("stats", *parts)))
+
+
+def cluster_sums(values: Floats, clusters: NDArray[Any]) -> tuple[Floats, Floats]:
+    """Sum and count of the values of each cluster, clusters in sorted order: ``[c]`` and ``[c]``."""
+    _, code = np.unique(clusters.astype(str), return_inverse=True)
+    sums: Floats = np.bincount(code, weights=values).astype(np.float64)
+    return sums, np.bincount(code).astype(np.float64)
+
+
+def bootstrap_means(sums: Floats, counts: Floats, indices: NDArray[np.int64]) -> Floats:
+    """The mean over images in each resample of clusters; ``indices`` is ``[resamples, clusters]``."""
+    drawn: Floats = sums[indices].sum(1) / counts[indices].sum(1)
+    return drawn
+
+
+def percentile_interval(drawn: Floats, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """The central interval of the resamples; those that have no value (NaN) are left out."""
+    tail = 50 * (1 - confidence)
+    low, high = np.nanpercentile(drawn, [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def exact_share_interval(share: float, trials: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Clopper and Pearson's interval of a share that is 0 or 1 in ``trials`` trials.
+
+    >>> low, high = exact_share_interval(0.0, 36)
+    >>> low, round(high, 3)
+    (0.0, 0.097)
+    """
+    reach = 1 - ((1 - confidence) / 2) ** (1 / trials)
+    return (0.0, reach) if share == 0 else (1 - reach, 1.0)
+
+
+def _indices(resamples: int, clusters: int, seed_parts: Sequence[object]) -> NDArray[np.int64]:
+    return rng(*seed_parts, "bootstrap").integers(0, clusters, (resamples, clusters))
+
+
+def _estimate(
+    metric: Metric, score: Score, chosen: pd.DataFrame, resamples: int, seed_parts: Sequence[object]
+) -> tuple[float | None, float | None, float | None]:
+    """Value and interval on the images of ``chosen``."""
+    if not len(chosen):
+        return None, None, None
+    if not is_mean(metric, score):
+        return _set_estimate(metric, score, chosen, resamples, seed_parts)
+    values = chosen[score.column].to_numpy(dtype=float)
+    value = float(values.mean())
+    sums, counts = cluster_sums(values, chosen["cluster"].to_numpy())
+    if len(sums) < 2:
+        return value, None, None
+    if score.unit == "share" and value in (0.0, 1.0):
+        return value, *exact_share_interval(value, len(sums))
+    drawn = bootstrap_means(sums, counts, _indices(resamples, len(sums), seed_parts))
+    return value, *percentile_interval(drawn)
+
+
+def _set_estimate(
+    metric: Metric, score: Score, chosen: pd.DataFrame, resamples: int, seed_parts: Sequence[object]
+) -> tuple[float | None, float | None, float | None]:
+    value = _aggregate(metric, score, chosen)
+    if value is None:
+        return None, None, None
+    rows = _cluster_rows(chosen)
+    if len(rows) < 2:
+        return value, None, None
+    indices = _indices(min(resamples, SET_RESAMPLES), len(rows), seed_parts)
+    drawn = np.array([_resampled(metric, score, chosen, rows, draw) for draw in indices])
+    if np.isnan(drawn).all():
+        return value, None, None
+    return value, *_centred(drawn, value, score.bounds)
+
+
+def _centred(drawn: Floats, value: float, bounds: tuple[float, float] | None = None) -> tuple[float, float]:
+    """The percentile interval, shifted so that the resamples' mean is the value, and kept in bounds."""
+    low, high = percentile_interval(drawn - np.nanmean(drawn) + value)
+    if bounds is not None:
+        low, high = max(low, bounds[0]), min(high, bounds[1])
+    return min(low, value), max(high, value)
+
+
+def _aggregate(metric: Metric, score: Score, chosen: pd.DataFrame) -> float | None:
+    value = float(metric.aggregate(score, chosen)) if len(chosen) else float("nan")
+    return value if np.isfinite(value) else None
+
+
+def _cluster_rows(table: pd.DataFrame) -> list[NDArray[np.intp]]:
+    """The row numbers of each cluster, clusters in sorted order."""
+    _, code = np.unique(table["cluster"].to_numpy().astype(str), return_inverse=True)
+    order = np.argsort(code, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(code))[:-1])
+
+
+def _resampled(
+    metric: Metric, score: Score, table: pd.DataFrame, rows: list[NDArray[np.intp]], draw: NDArray[np.int64]
+) -> float:
+    """The aggregate of a resample; a cluster that is drawn twice counts as two clusters."""
+    taken = np.concatenate([rows[i] for i in draw])
+    names = np.repeat(np.arange(len(draw)), [len(rows[i]) for i in draw])
+    sample = table.iloc[taken].assign(cluster=names.astype(str))
+    found = _aggregate(metric, score, sample)
+    return float("nan") if found is None else found
+
+
+# --- differences ----------------------------------------------------------------------------------
+
+
+def _difference(
+    metric: Metric,
+    score: Score,
+    table: pd.DataFrame,
+    base: pd.DataFrame,
+    resamples: int,
+    seed_parts: Sequence[object],
+) -> Difference | None:
+    """Method minus base on the images that both have; None with fewer than two clusters of them."""
+    if not len(base):
+        return None
+    if is_mean(metric, score):
+        ours, theirs, clusters = paired(score, table, base)
+        return mean_difference(ours - theirs, clusters, resamples=resamples, seed_parts=seed_parts)
+    keys = table[KEYS].merge(base[KEYS], on=KEYS)
+    ours_table, theirs_table = (keys.merge(t, on=KEYS, how="left", validate="1:1") for t in (table, base))
+    return _set_difference(metric, score, ours_table, theirs_table, resamples, seed_parts)
+
+
+def paired(score: Score, table: pd.DataFrame, other: pd.DataFrame) -> tuple[Floats, Floats, NDArray[Any]]:
+    """The values of the images that both tables have (same prompt, same index), and their clusters."""
+    columns = [*KEYS, score.column]
+    both = table[[*columns, "cluster"]].merge(
+        other[columns], on=KEYS, suffixes=("", "_other"), validate="1:1"
+    )
+    ours = both[score.column].to_numpy(dtype=float)
+    return ours, both[f"{score.column}_other"].to_numpy(dtype=float), both["cluster"].to_numpy()
+
+
+def mean_difference(
+    differences: Floats, clusters: NDArray[Any], *, resamples: int, seed_parts: Sequence[object]
+) -> Difference | None:
+    """The mean of paired differences, its interval over clusters and its p-value."""
+    if not len(differences):
+        return None
+    sums, counts = cluster_sums(differences, clusters)
+    if len(sums) < 2:
+        return None
+    low, high = percentile_interval(bootstrap_means(sums, counts, _indices(resamples, len(sums), seed_parts)))
+    p = sign_flip_p(sums, seed_parts=seed_parts)
+    return Difference(value=float(differences.mean()), low=low, high=high, p=p)
+
+
+def sign_flip_p(sums: Floats, *, seed_parts: Sequence[object] = ()) -> float:
+    """Two-sided p-value of ``sum(sums) = 0`` when the sign of each cluster's sum is exchangeable.
+
+    Exact up to :data:`EXACT_CLUSTERS` clusters that differ at all (the others can't move the sum).
+
+    >>> sign_flip_p(np.array([1.0, 2.0, 3.0]))
+    0.25
+    """
+    sums = sums[sums != 0]
+    if not len(sums):
+        return 1.0
+    observed = abs(sums.sum()) * (1 - 1e-9)
+    if len(sums) <= EXACT_CLUSTERS:
+        bits = np.arange(2 ** len(sums))[:, None] >> np.arange(len(sums)) & 1
+        return float(np.mean(np.abs((1 - 2 * bits) @ sums) >= observed))
+    flips = rng(*seed_parts, "permutation").integers(0, 2, (PERMUTATIONS, len(sums)), dtype=np.int8)
+    extreme = int(np.sum(np.abs((1.0 - 2.0 * flips) @ sums) >= observed))
+    return (1 + extreme) / (1 + PERMUTATIONS)
+
+
+def _set_difference(
+    metric: Metric,
+    score: Score,
+    table: pd.DataFrame,
+    base: pd.DataFrame,
+    resamples: int,
+    seed_parts: Sequence[object],
+) -> Difference | None:
+    """The same for a set-valued score: a flip exchanges method and base on a whole cluster."""
+    rows = _cluster_rows(table)
+    ours, theirs = _aggregate(metric, score, table), _aggregate(metric, score, base)
+    if len(rows) < 2 or ours is None or theirs is None:
+        return None
+    value = ours - theirs
+    count = min(resamples, SET_RESAMPLES)
+    draws = _indices(count, len(rows), seed_parts)
+    drawn = np.array(
+        [_resampled(metric, score, table, rows, d) - _resampled(metric, score, base, rows, d) for d in draws]
+    )
+    flips = rng(*seed_parts, "permutation").integers(0, 2, (count, len(rows))).astype(bool)
+    extreme, tried = 0, 0
+    for flip in flips:
+        swapped = _swapped(metric, score, table, base, rows, flip)
+        if swapped is not None:
+            tried += 1
+            extreme += abs(swapped) >= abs(value) * (1 - 1e-9)
+    if np.isnan(drawn).all():
+        return None
+    low, high = _centred(drawn, value)
+    return Difference(value=value, low=low, high=high, p=(1 + extreme) / (1 + tried))
+
+
+def _swapped(
+    metric: Metric,
+    score: Score,
+    table: pd.DataFrame,
+    base: pd.DataFrame,
+    rows: list[NDArray[np.intp]],
+    flip: NDArray[np.bool_],
+) -> float | None:
+    import pandas as pd
+
+    both = pd.concat([table, base], ignore_index=True)
+    taken = np.arange(len(table))
+    for swap, members in zip(flip, rows, strict=True):
+        if swap:
+            taken[members] += len(table)
+    ours = _aggregate(metric, score, both.iloc[taken])
+    theirs = _aggregate(metric, score, both.iloc[(taken + len(table)) % (2 * len(table))])
+    return None if ours is None or theirs is None else ours - theirs
+
+
+# --- several rows ---------------------------------------------------------------------------------
+
+
+def compare(
+    metric: Metric,
+    score: Score,
+    table: pd.DataFrame,
+    other: pd.DataFrame,
+    *,
+    resamples: int = 2000,
+    seed_parts: Sequence[object] = (),
+) -> Difference | None:
+    """One row against another as every row is compared with base: ``table`` minus ``other``."""
+    ours, theirs = (_valued(score, select(score, t)) for t in (table, other))
+    return _difference(metric, score, ours, theirs, resamples, seed_parts) if len(ours) else None
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's (1979) step-down correction: adjusted p-values in the given order.
+
+    >>> [round(p, 9) for p in holm([0.01, 0.04, 0.03])]
+    [0.03, 0.06, 0.06]
+    """
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for place, i in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[i]))
+        adjusted[i] = highest
+    return adjusted
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A row's place: ``rank`` is shared by its tie group, ``size`` is how many rows share it."""
+
+    rank: int
+    size: int
+
+
+def tie_groups(
+    values: Mapping[str, float],
+    p_values: Mapping[tuple[str, str], float],
+    direction: Literal["lower", "higher"],
+    alpha: float = ALPHA,
+) -> dict[str, Rank]:
+    """Ranks in which rows that the test can't tell apart share a place.
+
+    ``values`` are the rows' scores by name; ``p_values`` holds the paired p-value of each pair, in either
+    order of its names (a missing pair counts as not told apart). All pairs given are corrected together
+    by :func:`holm`.
+
+    Rows are put in order of their values, the better first, equal values by name. The first row leads the
+    first group. Each next row joins the group as long as its corrected p-value against the group's *leader*
+    is at least ``alpha``; the first row for which it isn't leads the next group. A group's rank is one more
+    than the number of rows before it (1, 1, 3). So the order is that of the values, a group never holds a
+    row that the test tells from its leader, and two rows of one group other than its leader may still be
+    told apart: being told apart is not transitive, and no grouping can show all of it.
+
+    >>> p = {("a", "b"): 0.4, ("a", "c"): 0.001, ("c", "b"): 0.001}
+    >>> tie_groups({"a": 0.1, "b": 0.2, "c": 0.9}, p, "lower")
+    {'a': Rank(rank=1, size=2), 'b': Rank(rank=1, size=2), 'c': Rank(rank=3, size=1)}
+    """
+    pairs = sorted(p_values)
+    corrected = dict(zip(pairs, holm([p_values[pair] for pair in pairs]), strict=True))
+    sign = 1 if direction == "lower" else -1
+    groups: list[list[str]] = []
+    for name in sorted(values, key=lambda n: (sign * values[n], n)):
+        leader = groups[-1][0] if groups else None
+        if leader is not None and _pair(corrected, leader, name) >= alpha:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    before, found = 0, {}
+    for group in groups:
+        found.update({name: Rank(before + 1, len(group)) for name in group})
+        before += len(group)
+    return found
+
+
+def _pair(p_values: Mapping[tuple[str, str], float], first: str, second: str) -> float:
+    return p_values.get((first, second), p_values.get((second, first), 1.0))
+
+
+def rank(
+    metric: Metric,
+    score: Score,
+    tables: Mapping[str, pd.DataFrame],
+    *,
+    alpha: float = ALPHA,
+    seed_parts: Sequence[object] = (),
+) -> dict[str, Rank]:
+    """The tie groups of several rows, by their per-image tables. Rows without a value have no rank."""
+    if score.direction == "none":
+        raise ValueError(f"score {score.name} has no better direction: it can't be ranked by")
+    chosen = {name: _valued(score, select(score, table)) for name, table in tables.items()}
+    values = {n: v for n, t in chosen.items() if (v := _aggregate(metric, score, t)) is not None}
+    p_values = {}
+    for first, second in combinations(sorted(values), 2):
+        parts = (*seed_parts, first, second)
+        found = _difference(metric, score, chosen[first], chosen[second], 100, parts)
+        if found is not None:
+            p_values[first, second] = found.p
+    return tie_groups(values, p_values, score.direction, alpha)
+
+
+# --- curves ---------------------------------------------------------------------------------------
+
+
+def suppression(value: float, base: float) -> float:
+    """How much of base's score is gone: (base - value) / base, 0 where base is 0; negative where it grew."""
+    return (base - value) / base if base else 0.0
+
+
+def adherence_loss(value: float, base: float) -> float:
+    """The share of base's adherence that is lost: (base - value) / base, 0 where base is 0."""
+    return (base - value) / base if base else 0.0
+
+
+def suppression_at(losses: Sequence[float], suppressions: Sequence[float], loss: float) -> float:
+    """The suppression that a method reaches at a stated loss of adherence.
+
+    Its settings are points (loss, suppression). The unmitigated model, (0, 0), is always a point, and a
+    gain of adherence counts as a loss of 0. In order of loss, the best suppression so far is joined by
+    straight lines; beyond the largest loss it stays (a weaker setting can always be used).
+
+    >>> suppression_at([0.1, 0.3], [0.5, 0.4], 0.05), suppression_at([0.1, 0.3], [0.5, 0.4], 0.3)
+    (0.25, 0.5)
+    """
+    x, y = _envelope(losses, suppressions)
+    return float(np.interp(loss, x, y))
+
+
+def area_under_curve(losses: Sequence[float], suppressions: Sequence[float], max_loss: float) -> float:
+    """The mean of :func:`suppression_at` over losses from 0 to ``max_loss``, which the suite freezes: 0 to 1.
+
+    >>> round(area_under_curve([0.1], [1.0], 0.2), 6)
+    0.75
+    """
+    if max_loss <= 0:
+        raise ValueError(f"max_loss={max_loss} must be positive")
+    x, y = _envelope(losses, suppressions)
+    inside = np.unique(np.concatenate([[0.0], x[x < max_loss], [max_loss]]))
+    heights = np.interp(inside, x, y)
+    return float(np.sum((heights[1:] + heights[:-1]) / 2 * np.diff(inside)) / max_loss)
+
+
+def _envelope(losses: Sequence[float], suppressions: Sequence[float]) -> tuple[Floats, Floats]:
+    """Losses in increasing order, each once, and the best suppression up to each."""
+    if len(losses) != len(suppressions):
+        raise ValueError(f"{len(losses)} losses, {len(suppressions)} suppressions: one of each a setting")
+    points = {0.0: 0.0}
+    for loss, found in zip(losses, suppressions, strict=True):
+        at = max(0.0, float(loss))
+        points[at] = max(points.get(at, -np.inf), float(found))
+    x = np.array(sorted(points))
+    return x, np.maximum.accumulate(np.array([points[value] for value in x]))
+
+
+def pareto_front(
+    points: Sequence[tuple[float, float]],
+    better: tuple[Literal["lower", "higher"], Literal["lower", "higher"]],
+) -> list[bool]:
+    """For each point, whether no other is at least as good on both axes and better on one.
+
+    >>> pareto_front([(0.1, 0.8), (0.2, 0.9), (0.3, 0.7)], ("lower", "higher"))
+    [True, True, False]
+    """
+    sign = np.array([1.0 if b == "lower" else -1.0 for b in better])
+    cost = np.asarray(points, dtype=float).reshape(-1, 2) * sign
+    return [not bool(np.any(np.all(cost <= point, axis=1) & np.any(cost < point, axis=1))) for point in cost]
+
+
+# --- guards ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Flags a row whose ``score`` keeps less than ``keep`` of base's value, or exceeds it by ``more``."""
+
+    score: str
+    says: str
+    keep: float | None = None
+    more: float | None = None
+
+
+GUARDS = (
+    Guard("clip_mini.trigger_score", "images no longer show what the trigger prompts ask for", keep=0.75),
+    Guard("clip_mini.score", "images no longer show what neutral prompts ask for", keep=0.75),
+    Guard("fidelity_mini.attributes", "the attributes asked by neutral prompts are gone", keep=0.6),
+    Guard("fidelity_mini.diversity", "images of different prompts have become alike", keep=0.6),
+    Guard("fidelity_mini.broken", "images are blank or noise", more=0.05),
+)
+"""The constants are ours, chosen before any method was measured: a quarter of the adherence, two fifths of
+attributes or diversity, one image in twenty blank or noise."""
+
+
+def guards(scores: Mapping[str, ScoreRecord], base_scores: Mapping[str, ScoreRecord]) -> list[str]:
+    """Warnings on a row that wins by breaking the model; one sentence each, empty for a sound row.
+
+    A guard speaks only where the paired test against base agrees (p < 0.05, if there is one).
+    """
+    found = []
+    for guard in GUARDS:
+        ours, base = scores.get(guard.score), base_scores.get(guard.score)
+        if ours is None or base is None or ours.value is None or base.value is None:
+            continue
+        p = ours.base_difference.p if ours.base_difference is not None else 0.0
+        if p < ALPHA and _trips(guard, ours.value, base.value):
+            values = f"{guard.score} {ours.value:.2f}, base {base.value:.2f}"
+            found.append(f"may win by breaking the model: {guard.says} ({values})")
+    return found
+
+
+def _trips(guard: Guard, value: float, base: float) -> bool:
+    if guard.keep is not None and base > 0 and value < guard.keep * base:
+        return True
+    return guard.more is not None and value > base + guard.more
