@@ -1,4 +1,4 @@
-"""Layers of a pruned model that aren't just narrower, and how any layer is rebuilt from its recorded sizes."""
+"""Layers of a pruned model that aren't just narrower, and how a layer is rebuilt from recorded sizes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Form: TypeAlias = dict[str, Any]
 class ScatteredLinear(nn.Linear):
     """A linear layer that computes the kept outputs, and gives zero for the others.
 
-    ``index`` ``[kept]`` are the places of the computed outputs among the ``full`` ones. For adaptive norms, whose
-    outputs are split into shift, scale and gate by place (EcoDiff's ``SparsityLinear``).
+    ``index`` ``[kept]`` are the places of the computed outputs among the ``full`` ones. For adaptive
+    norms, whose outputs are split into shift, scale and gate by place (EcoDiff's ``SparsityLinear``).
     """
 
     index: Tensor
@@ -70,29 +70,34 @@ def rebuild(module: nn.Module, form: Mapping[str, Any]) -> nn.Module:
 
     ``attention`` changes the number of heads of the module itself.
     """
-    kind, has_bias = form["type"], getattr(module, "bias", None) is not None
+    kind, bias = form["type"], getattr(module, "bias", None) is not None
     if kind == "attention":
         module.heads = int(form["heads"])  # type: ignore[assignment]
         return module
     if kind == "linear":
-        return nn.Linear(form["in"], form["out"], bias=has_bias, device="meta")
+        return nn.Linear(form["in"], form["out"], bias=bias, device="meta")
     if kind == "scattered-linear":
-        return ScatteredLinear(form["in"], form["out"], form["full"], bias=has_bias)
-    if kind == "group-norm":
-        assert isinstance(module, nn.GroupNorm)
-        return nn.GroupNorm(form["groups"], form["out"], eps=module.eps, device="meta")
-    if kind == "selected-norm":
-        assert isinstance(module, nn.LayerNorm)
-        return SelectedLayerNorm(form["full"], form["out"], module.eps, bias=has_bias)
-    if kind in ("conv", "selected-conv"):
-        assert isinstance(module, nn.Conv2d)
-        options: dict[str, Any] = {
-            "kernel_size": module.kernel_size,
-            "stride": module.stride,
-            "padding": module.padding,
-            "bias": has_bias,
-        }
-        if kind == "conv":
-            return nn.Conv2d(form["in"], form["out"], device="meta", **options)
-        return SelectedConv2d(form["in"], form["out"], **options)
-    raise ValueError(f"unknown form of a pruned module: '{kind}'")
+        return ScatteredLinear(form["in"], form["out"], form["full"], bias=bias)
+    if isinstance(module, nn.Conv2d) and kind in ("conv", "selected-conv"):
+        return _convolution(module, form, bias=bias)
+    if isinstance(module, (nn.GroupNorm, nn.LayerNorm)) and kind in ("group-norm", "selected-norm"):
+        return _norm(module, form, bias=bias)
+    raise ValueError(f"a {type(module).__name__} has no pruned form '{kind}'")
+
+
+def _convolution(conv: nn.Conv2d, form: Mapping[str, Any], *, bias: bool) -> nn.Conv2d:
+    options: dict[str, Any] = {
+        "kernel_size": conv.kernel_size,
+        "stride": conv.stride,
+        "padding": conv.padding,
+        "bias": bias,
+    }
+    if form["type"] == "conv":
+        return nn.Conv2d(form["in"], form["out"], device="meta", **options)
+    return SelectedConv2d(form["in"], form["out"], **options)
+
+
+def _norm(norm: nn.GroupNorm | nn.LayerNorm, form: Mapping[str, Any], *, bias: bool) -> nn.Module:
+    if isinstance(norm, nn.GroupNorm):
+        return nn.GroupNorm(form["groups"], form["out"], eps=norm.eps, device="meta")
+    return SelectedLayerNorm(form["full"], form["out"], norm.eps, bias=bias)

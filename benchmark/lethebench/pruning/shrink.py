@@ -163,7 +163,7 @@ def load_pruned(folder: Path | str, torch_dtype: torch.dtype | None = None, **op
     ``options`` go to the pipeline's ``from_pretrained``; ``dtype`` may be one type, or types by component.
     """
     import diffusers
-    from accelerate import init_empty_weights
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
 
     folder = Path(folder)
     try:

@@ -120,7 +120,9 @@ def check_masks(sites: Sequence[Site], masks: Masks) -> None:
         if name not in sizes:
             raise ValueError(f"the model has no maskable module '{name}'")
         if mask.shape != (sizes[name],):
-            raise ValueError(f"the mask of '{name}' has shape {tuple(mask.shape)}, its module {sizes[name]} elements")
+            raise ValueError(
+                f"the mask of '{name}' has shape {tuple(mask.shape)}, its module {sizes[name]} elements"
+            )
 
 
 def _sites_of(name: str, block: Any) -> Iterator[Site]:
@@ -206,8 +208,8 @@ def _unet_block(name: str, block: Any) -> Iterator[Site]:
 def _residual_block(name: str, block: Any) -> Iterator[Site]:
     """``ResnetBlock2D``: the channels between ``norm2`` and ``conv2``.
 
-    A channel's column of ``conv2`` dies with it. Its row of ``conv1``, time projection and affine parameters of
-    ``norm2`` die only with its whole group, since they feed the group's statistics.
+    A channel's column of ``conv2`` dies with it. Its row of ``conv1`` and of the time projection and its
+    affine parameters of ``norm2`` die only with its whole group, since they feed the group's statistics.
     """
     size = int(block.conv2.in_channels)
     group = Layout(group=size // int(block.norm2.num_groups))
@@ -216,7 +218,9 @@ def _residual_block(name: str, block: Any) -> Iterator[Site]:
     cuts += _linear_cuts(f"{name}.norm2", block.norm2, 0, group)
     if block.time_emb_proj is not None:
         tile = int(block.time_emb_proj.out_features) // size
-        cuts += _linear_cuts(f"{name}.time_emb_proj", block.time_emb_proj, 0, Layout(group=group.group, tile=tile))
+        cuts += _linear_cuts(
+            f"{name}.time_emb_proj", block.time_emb_proj, 0, Layout(group=group.group, tile=tile)
+        )
     port = Port(f"{name}.conv2", "input", size, channels_first=True)
     yield Site(f"{name}.conv2", "residual", size, (port,), cuts, ((f"{name}.conv2", "selected-conv"),))
 

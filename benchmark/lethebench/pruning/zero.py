@@ -107,7 +107,9 @@ def count(denoiser: nn.Module, masks: Masks) -> Counts:
     for site in sites:
         elements[site.kind] = elements.get(site.kind, 0) + site.size
         off[site.kind] = off.get(site.kind, 0) + int((~masks[site.name]).sum())
-    dead = sum(_dead(denoiser.get_parameter(n), dims) for n, dims in kept_entries(denoiser, sites, masks).items())
+    dead = sum(
+        _dead(denoiser.get_parameter(n), dims) for n, dims in kept_entries(denoiser, sites, masks).items()
+    )
     return Counts(elements, off, sum(p.numel() for p in denoiser.parameters()), dead)
 
 

@@ -1,0 +1,1 @@
+"""Mitigation methods: one file or folder each, found by their place here."""
