@@ -1,0 +1,183 @@
+"""From a runs folder to the site: one HTML page that needs nothing else, and tables beside it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lethebench.errors import UserError
+from lethebench.leaderboard._pictures import PICTURES, ImageStore
+from lethebench.leaderboard._rows import Entry, Results, scan, unfinished
+
+if TYPE_CHECKING:
+    from lethebench.leaderboard._board import Board, Line
+
+TEMPLATES = Path(__file__).parent / "templates"
+PAGE_BYTES = 3_000_000
+"""The page's size that is aimed at."""
+
+
+def build(
+    runs: Path | str,
+    out: Path | str = "site",
+    *,
+    strengths: Mapping[str, Sequence[str]] | None = None,
+    pictures: int = PICTURES,
+    page_bytes: int = PAGE_BYTES,
+) -> Path:
+    """Write the page and the tables of every row below ``runs``; returns the path of ``index.html``.
+
+    ``strengths`` gives methods' settings from weak to strong where their names don't tell.
+    ``pictures`` is the number of image triplets a row, lowered for all rows alike (down to none) where the
+    page would be larger than ``page_bytes``. The same input gives the same bytes. A row that is not
+    valid is named on the page with its reason and hides no other. Raises UserError where ``out`` can't be
+    written.
+    """
+    from lethebench.leaderboard import _board, _export
+
+    runs, out = Path(runs), Path(out)
+    found = scan(runs)
+    store = ImageStore()
+    boards = _board.boards(found.entries, strengths or {}, store, pictures)
+    files = {
+        "leaderboard.csv": _export.csv_text(boards),
+        "leaderboard.md": _export.markdown_text(boards),
+        "leaderboard.tex": _export.latex_text(boards),
+        "leaderboard.json": _export.json_text(boards, found.problems),
+    }
+    page = _fitted(boards, found, unfinished(runs), store, files, page_bytes)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, text in {**files, "index.html": page}.items():
+            _write(out / name, text)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UserError(f"can't write the page to {out}: {reason}; choose another folder") from error
+    return out / "index.html"
+
+
+def render(
+    boards: Sequence[Board],
+    found: Results,
+    stopped: Sequence[str],
+    images: Mapping[str, str],
+    files: Mapping[str, str],
+) -> str:
+    """The page. Whatever comes from a row is escaped, and its policy allows only the page's own script."""
+    import jinja2
+    from markupsafe import Markup
+
+    from lethebench import __version__
+    from lethebench.row import SCHEMA
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    js = (TEMPLATES / "page.js").read_text(encoding="utf-8")
+    text: str = environment.get_template("page.html.jinja").render(
+        boards=boards,
+        problems=found.problems,
+        unfinished=stopped,
+        css=Markup((TEMPLATES / "page.css").read_text(encoding="utf-8")),
+        js=Markup(js),
+        csp=policy(js),
+        images=Markup(embedded_json(images)),
+        version=__version__,
+        schema=SCHEMA,
+        n_rows=len(found.entries),
+        input_sha256=input_sha256(found.entries),
+        downloads=_downloads(files),
+    )
+    return text
+
+
+def policy(js: str) -> str:
+    """The page's Content-Security-Policy: no network at all, and no script but this one."""
+    digest = base64.b64encode(hashlib.sha256(js.encode()).digest()).decode()
+    return (
+        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def embedded_json(data: Any) -> str:
+    r"""JSON that is safe inside ``<script>``: no text in it can close the element or open a comment.
+
+    >>> print(embedded_json({"a": "</script><!--"}))
+    {"a":"\u003c/script\u003e\u003c!--"}
+    """
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def input_sha256(entries: Sequence[Entry]) -> str:
+    """A hash of what the page was made of: every row, in the order of their keys."""
+    digest = hashlib.sha256()
+    for entry in entries:
+        digest.update(entry.row.to_json().encode())
+    return digest.hexdigest()
+
+
+def _fitted(
+    boards: Sequence[Board],
+    found: Results,
+    stopped: Sequence[str],
+    store: ImageStore,
+    files: Mapping[str, str],
+    limit: int,
+) -> str:
+    """The page, its triplets shortened where it would exceed the limit."""
+    used = _shown(boards)
+    page = render(boards, found, stopped, store.uris(used), files)
+    if len(page) <= limit or not used:
+        return page
+    budget = limit - (len(page) - store.size(used))
+    return render(boards, found, stopped, store.uris(_within(boards, store, budget)), files)
+
+
+def _shown(boards: Sequence[Board]) -> set[str]:
+    """The ids of the images that the rows show."""
+    pictures = (p for board in boards for line in board.lines for p in line.pictures)
+    return {i for p in pictures for i in (p.reference, p.base, p.method) if i is not None}
+
+
+def _within(boards: Sequence[Board], store: ImageStore, budget: int) -> set[str]:
+    """Shorten every row's triplets alike until the images fit; the ids of those that are left."""
+    lines: list[Line] = [line for board in boards for line in board.lines]
+    count = max(len(line.pictures) for line in lines)
+    while count and store.size(_shown(boards)) > budget:
+        count -= 1
+        for line in lines:
+            line.pictures = line.pictures[:count]
+    return _shown(boards)
+
+
+def _downloads(files: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    kinds = {
+        "csv": ("CSV", "text/csv"),
+        "md": ("Markdown", "text/markdown"),
+        "tex": ("LaTeX", "application/x-tex"),
+    }
+    found = []
+    for name, text in files.items():
+        kind = kinds.get(name.rpartition(".")[2])
+        if kind is not None:
+            data = base64.b64encode(text.encode()).decode()
+            found.append((name, kind[0], f"data:{kind[1]};charset=utf-8;base64,{data}"))
+    return found
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8", newline="\n")
+    temporary.replace(path)

@@ -1,0 +1,381 @@
+"""Geometry of the two plots. The template only writes what is computed here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lethebench.leaderboard._format import NumberFormat
+
+COLOURS = 8
+SHAPES = ("circle", "square", "diamond", "triangle")
+CHARACTER = 6.3
+"""Mean width of a character of a label in the plot's units (measured at 12 px in Liberation Sans)."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """A method's points, weakest setting first."""
+
+    name: str
+    colour: int
+    shape: str
+    control: bool
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A row on the plot: value and interval on both axes."""
+
+    row: str
+    setting: str
+    x: float
+    y: float
+    x_low: float | None
+    x_high: float | None
+    y_low: float | None
+    y_high: float | None
+    note: str
+    flagged: bool = False
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point as it is drawn."""
+
+    point: Point
+    series: Series
+    x: float
+    y: float
+    radius: float
+    cross: tuple[float, float, float, float] | None
+    """Ends of the interval cross: left, right, top, bottom."""
+    outside: str = ""
+    """``above`` or ``below`` where the point lies outside the plot and is drawn at its edge."""
+
+    @property
+    def path(self) -> str:
+        """The outline of the point's shape around (0, 0)."""
+        return outline(self.series.shape, self.radius)
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A tick of an axis."""
+
+    at: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Label:
+    """A series' name beside its curve."""
+
+    text: str
+    x: float
+    y: float
+    anchor: str
+    colour: int
+    control: bool
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """Suppression against adherence, as it is drawn."""
+
+    width: int
+    height: int
+    left: float
+    right: float
+    top: float
+    bottom: float
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+    x_label: str
+    y_label: str
+    curves: tuple[tuple[Series, str], ...]
+    marks: tuple[Mark, ...]
+    labels: tuple[Label, ...]
+    front: str
+    band: tuple[str, ...]
+    """The front in some resamples."""
+    better_right: bool
+    better_up: bool
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis of the plot: its label, number format and better direction."""
+
+    label: str
+    format: NumberFormat
+    better: str
+    """``lower``, ``higher`` or ``none``."""
+
+
+@dataclass
+class _Scale:
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        share = (value - self.low) / (self.high - self.low)
+        return round(self.start + share * (self.end - self.start), 1)
+
+
+def scatter(
+    series: Sequence[Series],
+    x: Axis,
+    y: Axis,
+    front: frozenset[str],
+    fronts: Sequence[Sequence[tuple[float, float]]],
+    width: int,
+    height: int,
+) -> Scatter:
+    """Lay out the plot. ``front`` names the rows on the Pareto front, ``fronts`` are its resamples."""
+    left, right, top, bottom = 56.0, width - 14.0, 14.0, height - 46.0
+    sx = _scale_of(list(series), "x", x.format.percent, left, right)
+    sy = _scale_of(
+        [s for s in series if not s.control or s.name == "base"] or list(series), "y", False, bottom, top
+    )
+    marks = tuple(_mark(p, s, i, sx, sy, top, bottom) for s in series for i, p in enumerate(s.points))
+    curves = tuple(
+        (s, _path([(m.x, m.y) for m in marks if m.series is s])) for s in series if len(s.points) > 1
+    )
+
+    def stairs(points: Sequence[tuple[float, float]]) -> str:
+        inside = [(sx(a), min(max(sy(b), top), bottom)) for a, b in points]
+        return _steps(inside, x.better, y.better, left, right)
+
+    return Scatter(
+        width, height, left, right, top, bottom,
+        tuple(Tick(sx(t), x.format(t)) for t in ticks(sx.low, sx.high, 6 if width > 500 else 4)),
+        tuple(Tick(sy(t), y.format(t)) for t in ticks(sy.low, sy.high, 5)),
+        x.label, y.label, curves, marks,
+        tuple(_labels(series, marks, left, right, top, bottom)),
+        stairs([(m.point.x, m.point.y) for m in marks if m.point.row in front]),
+        tuple(stairs(f) for f in fronts),
+        x.better == "higher", y.better != "lower",
+    )  # fmt: skip
+
+
+def _scale_of(series: Sequence[Series], axis: str, from_zero: bool, start: float, end: float) -> _Scale:
+    values = [v for s in series for p in s.points for v in _extent(p, axis)]
+    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    if from_zero:
+        low = 0.0
+    pad = (high - low or abs(high) or 1.0) * 0.06
+    return _Scale(low - (pad / 2 if from_zero else pad), high + pad, start, end)
+
+
+def _extent(point: Point, axis: str) -> list[float]:
+    found = (point.x, point.x_low, point.x_high) if axis == "x" else (point.y, point.y_low, point.y_high)
+    return [v for v in found if v is not None]
+
+
+def _mark(
+    point: Point, series: Series, place: int, sx: _Scale, sy: _Scale, top: float, bottom: float
+) -> Mark:
+    y = sy(point.y)
+    outside = "below" if point.y < sy.low else "above" if point.y > sy.high else ""
+    y = min(max(y, top), bottom)
+    cross = None
+    if not outside and None not in (point.x_low, point.x_high, point.y_low, point.y_high):
+        ends = sx(point.x_low), sx(point.x_high), sy(point.y_high), sy(point.y_low)  # type: ignore[arg-type]
+        cross = ends[0], ends[1], max(ends[2], top), min(ends[3], bottom)
+    radius = 4.5 if len(series.points) == 1 else min(3.6 + 1.2 * place, 6.5)
+    return Mark(point, series, sx(point.x), y, radius, cross, outside)
+
+
+def _path(points: Sequence[tuple[float, float]]) -> str:
+    return "M" + "L".join(f"{x:g},{y:g}" for x, y in points) if points else ""
+
+
+def _steps(
+    points: Sequence[tuple[float, float]], x_better: str, y_better: str, left: float, right: float
+) -> str:
+    """The Pareto front as a staircase: the best adherence that is had at each suppression or less."""
+    if not points or "none" in (x_better, y_better):
+        return ""
+    (x, y), *rest = sorted(points, reverse=x_better == "higher")
+    steps = "".join(f"H{a:g}V{b:g}" for a, b in rest)
+    return f"M{x:g},{y:g}{steps}H{right if x_better == 'lower' else left:g}"
+
+
+def outline(shape: str, r: float) -> str:
+    """An SVG path of the shape, about as large as a circle of radius ``r``."""
+    if shape == "square":
+        a = r * 0.9
+        return f"M{-a:.1f},{-a:.1f}h{2 * a:.1f}v{2 * a:.1f}h{-2 * a:.1f}z"
+    if shape == "diamond":
+        a = r * 1.25
+        return f"M0,{-a:.1f}L{a:.1f},0L0,{a:.1f}L{-a:.1f},0z"
+    if shape == "triangle":
+        a = r * 1.3
+        return f"M0,{-a:.1f}L{a * 0.9:.1f},{a * 0.75:.1f}H{-a * 0.9:.1f}z"
+    return f"M{-r:.1f},0a{r:.1f},{r:.1f} 0 1 0 {2 * r:.1f},0a{r:.1f},{r:.1f} 0 1 0 {-2 * r:.1f},0z"
+
+
+def ticks(low: float, high: float, count: int) -> list[float]:
+    """About ``count`` round numbers between ``low`` and ``high``.
+
+    >>> ticks(0, 1, 5)
+    [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    """
+    raw = (high - low) / max(1, count)
+    if not math.isfinite(raw) or raw <= 0:
+        return [low]
+    power = 10 ** math.floor(math.log10(raw))
+    step = min((m * power for m in (1, 2, 2.5, 5, 10)), key=lambda s: abs(s - raw))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(i * step, 10) for i in range(first, last + 1)]
+
+
+# --- labels ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Box:
+    x0: float
+    y0: float
+    x1: float
+    y1: float
+
+    def overlap(self, other: _Box) -> float:
+        wide = min(self.x1, other.x1) - max(self.x0, other.x0)
+        high = min(self.y1, other.y1) - max(self.y0, other.y0)
+        return wide * high if wide > 0 and high > 0 else 0.0
+
+
+def _labels(
+    series: Sequence[Series], marks: Sequence[Mark], left: float, right: float, top: float, bottom: float
+) -> list[Label]:
+    """Names beside their curves: each takes the place, around any of its points, that covers least."""
+    taken = [_Box(m.x - m.radius, m.y - m.radius, m.x + m.radius, m.y + m.radius) for m in marks]
+    taken += [_Box(m.cross[0], m.y - 1, m.cross[1], m.y + 1) for m in marks if m.cross]
+    taken += [_Box(m.x - 1, m.cross[2], m.x + 1, m.cross[3]) for m in marks if m.cross]
+    frame = _Box(left, top, right, bottom)
+    labels = []
+    for s in series:
+        own = [m for m in marks if m.series is s]
+        if not own:
+            continue
+        text = s.name if len(s.name) <= 24 else s.name[:23] + "…"
+        width = len(text) * CHARACTER
+        places = [(p, _cost(p[2], taken, frame) + 4 * i) for i, p in enumerate(_places(own, width))]
+        (x, anchor, box), _ = min(places, key=lambda place: place[1])
+        taken.append(box)
+        labels.append(Label(text, round(x, 1), round(box.y1 - 3.5, 1), anchor, s.colour, s.control))
+    return labels
+
+
+def _places(own: Sequence[Mark], width: float) -> list[tuple[float, str, _Box]]:
+    found = []
+    for mark in [own[-1], *own[:-1]]:
+        gap = mark.radius + 4
+        for dy in (0.0, -12.0, 12.0):
+            y = mark.y + dy
+            near = gap if dy == 0 else gap - 2
+            found.append((mark.x + near, "start", _Box(mark.x + near, y - 7, mark.x + near + width, y + 7)))
+            found.append((mark.x - near, "end", _Box(mark.x - near - width, y - 7, mark.x - near, y + 7)))
+        for y in (mark.y - gap - 7, mark.y + gap + 7):
+            found.append((mark.x, "middle", _Box(mark.x - width / 2, y - 7, mark.x + width / 2, y + 7)))
+    return found
+
+
+def _cost(box: _Box, taken: Sequence[_Box], frame: _Box) -> float:
+    area = (box.x1 - box.x0) * (box.y1 - box.y0)
+    outside = area - box.overlap(frame)
+    return sum(box.overlap(t) for t in taken) + 5 * outside
+
+
+# --- dose and response ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DosePoint:
+    """The share at one number of copies."""
+
+    dose: int
+    value: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class DoseLine:
+    """A row's shares by number of copies. ``strength`` is 0 (weakest) to 1 (strongest)."""
+
+    name: str
+    points: tuple[DosePoint, ...]
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class DrawnLine:
+    """A line of a panel as it is drawn."""
+
+    line: DoseLine
+    path: str
+    dots: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One method's dose-response beside that of base."""
+
+    title: str
+    colour: int
+    width: int
+    height: int
+    left: float
+    right: float
+    top: float
+    bottom: float
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+    base: DrawnLine | None
+    band: str
+    lines: tuple[DrawnLine, ...]
+    doses: tuple[int, ...] = field(default=())
+
+
+def panel(
+    title: str, colour: int, base: DoseLine | None, lines: Sequence[DoseLine], top_value: float
+) -> Panel:
+    """One small plot; the dose axis is logarithmic, its scale that of base and of these lines."""
+    width, height = 220, 150
+    left, right, top, bottom = 30.0, width - 8.0, 8.0, height - 24.0
+    everything = [*lines, *([base] if base else [])]
+    doses = sorted({p.dose for line in everything for p in line.points})
+    sx = _Scale(math.log2(doses[0]) - 0.2, math.log2(doses[-1]) + 0.2, left, right)
+    sy = _Scale(0.0, top_value, bottom, top)
+
+    def draw(line: DoseLine) -> DrawnLine:
+        dots = tuple((sx(math.log2(p.dose)), sy(min(p.value, top_value))) for p in line.points)
+        return DrawnLine(line, _path(dots), dots)
+
+    shown = doses if len(doses) <= 5 else doses[:: math.ceil(len(doses) / 5)]
+    percent = NumberFormat(0, percent=True)
+    return Panel(
+        title, colour, width, height, left, right, top, bottom,
+        tuple(Tick(sx(math.log2(d)), str(d)) for d in shown),
+        tuple(Tick(sy(t), percent(t)) for t in ticks(0, top_value, 2)),
+        draw(base) if base else None,
+        _band(base, sx, sy, top_value) if base else "",
+        tuple(draw(line) for line in lines),
+        tuple(doses),
+    )  # fmt: skip
+
+
+def _band(line: DoseLine, sx: _Scale, sy: _Scale, top_value: float) -> str:
+    whole = [(p.dose, p.low, p.high) for p in line.points if p.low is not None and p.high is not None]
+    if len(whole) < 2:
+        return ""
+    upper = [(sx(math.log2(d)), sy(min(h, top_value))) for d, _, h in whole]
+    lower = [(sx(math.log2(d)), sy(max(low, 0.0))) for d, low, _ in reversed(whole)]
+    return _path([*upper, *lower]) + "z"
