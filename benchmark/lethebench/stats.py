@@ -48,6 +48,8 @@ SET_RESAMPLES = 200
 """Resamples, and permutations, of a set-valued score."""
 ALPHA = 0.05
 KEYS = ["prompt_id", "index"]
+KNOWN = (*KEYS, "role", "kind", "cluster")
+"""What every aggregate may read beside its metric's columns."""
 
 
 # --- selection ------------------------------------------------------------------------------------
@@ -79,6 +81,18 @@ def is_mean(metric: Metric, score: Score) -> bool:
         return True
     named: frozenset[str] | None = getattr(metric, "set_valued", None)
     return named is not None and score.name not in named
+
+
+def _needed(metric: Metric, score: Score, table: pd.DataFrame) -> pd.DataFrame:
+    """The table with only those columns that a set-valued score reads: resampling copies them often.
+
+    A metric names them in ``reads``, beside the score's own column and :data:`KNOWN`; else all are kept.
+    """
+    reads: frozenset[str] | None = getattr(metric, "reads", None)
+    if reads is None:
+        return table
+    kept = {*KNOWN, score.column, *reads}
+    return table[[name for name in table.columns if name in kept]]
 
 
 # --- records --------------------------------------------------------------------------------------
@@ -243,14 +257,24 @@ def _set_estimate(
     value = _aggregate(metric, score, chosen)
     if value is None:
         return None, None, None
-    rows = _cluster_rows(chosen)
-    if len(rows) < 2:
-        return value, None, None
-    indices = _indices(min(resamples, SET_RESAMPLES), len(rows), seed_parts)
-    drawn = np.array([_resampled(metric, score, chosen, rows, draw) for draw in indices])
+    drawn = _set_resamples(metric, score, chosen, resamples, seed_parts)
     if np.isnan(drawn).all():
         return value, None, None
     return value, *_centred(drawn, value, score.bounds)
+
+
+def _set_resamples(
+    metric: Metric, score: Score, table: pd.DataFrame, resamples: int, seed_parts: Sequence[object]
+) -> Floats:
+    """The aggregate of each resample; none with fewer than two clusters. Two tables of one set of images are
+    resampled alike.
+    """
+    table = _needed(metric, score, table)
+    rows = _cluster_rows(table)
+    if len(rows) < 2:
+        return np.zeros(0)
+    draws = _indices(min(resamples, SET_RESAMPLES), len(rows), seed_parts)
+    return np.array([_resampled(metric, score, table, rows, draw) for draw in draws])
 
 
 def _centred(drawn: Floats, value: float, bounds: tuple[float, float] | None = None) -> tuple[float, float]:
@@ -279,7 +303,8 @@ def _resampled(
     """The aggregate of a resample; a cluster that is drawn twice counts as two clusters."""
     taken = np.concatenate([rows[i] for i in draw])
     names = np.repeat(np.arange(len(draw)), [len(rows[i]) for i in draw])
-    sample = table.iloc[taken].assign(cluster=names.astype(str))
+    sample = table.iloc[taken]
+    sample["cluster"] = names
     found = _aggregate(metric, score, sample)
     return float("nan") if found is None else found
 
@@ -359,47 +384,41 @@ def _set_difference(
     seed_parts: Sequence[object],
 ) -> Difference | None:
     """The same for a set-valued score: a flip exchanges method and base on a whole cluster."""
-    rows = _cluster_rows(table)
     ours, theirs = _aggregate(metric, score, table), _aggregate(metric, score, base)
-    if len(rows) < 2 or ours is None or theirs is None:
+    if ours is None or theirs is None:
         return None
     value = ours - theirs
-    count = min(resamples, SET_RESAMPLES)
-    draws = _indices(count, len(rows), seed_parts)
-    drawn = np.array(
-        [_resampled(metric, score, table, rows, d) - _resampled(metric, score, base, rows, d) for d in draws]
-    )
-    flips = rng(*seed_parts, "permutation").integers(0, 2, (count, len(rows))).astype(bool)
-    extreme, tried = 0, 0
-    for flip in flips:
-        swapped = _swapped(metric, score, table, base, rows, flip)
-        if swapped is not None:
-            tried += 1
-            extreme += abs(swapped) >= abs(value) * (1 - 1e-9)
+    drawn = np.subtract(*(_set_resamples(metric, score, t, resamples, seed_parts) for t in (table, base)))
     if np.isnan(drawn).all():
         return None
     low, high = _centred(drawn, value)
-    return Difference(value=value, low=low, high=high, p=(1 + extreme) / (1 + tried))
+    swapped = _set_swaps(metric, score, table, base, min(resamples, SET_RESAMPLES), seed_parts)
+    extreme = int(np.sum(np.abs(swapped) >= abs(value) * (1 - 1e-9)))
+    return Difference(value=value, low=low, high=high, p=(1 + extreme) / (1 + len(swapped)))
 
 
-def _swapped(
+def _set_swaps(
     metric: Metric,
     score: Score,
     table: pd.DataFrame,
     base: pd.DataFrame,
-    rows: list[NDArray[np.intp]],
-    flip: NDArray[np.bool_],
-) -> float | None:
+    count: int,
+    seed_parts: Sequence[object],
+) -> Floats:
+    """Differences with each cluster's images exchanged between the two tables, or not, at random."""
     import pandas as pd
 
-    both = pd.concat([table, base], ignore_index=True)
-    taken = np.arange(len(table))
-    for swap, members in zip(flip, rows, strict=True):
-        if swap:
-            taken[members] += len(table)
-    ours = _aggregate(metric, score, both.iloc[taken])
-    theirs = _aggregate(metric, score, both.iloc[(taken + len(table)) % (2 * len(table))])
-    return None if ours is None or theirs is None else ours - theirs
+    columns = [name for name in table.columns if name in base.columns]
+    both = _needed(metric, score, pd.concat([table[columns], base[columns]], ignore_index=True))
+    code = np.unique(table["cluster"].to_numpy().astype(str), return_inverse=True)[1]
+    flips = rng(*seed_parts, "permutation").integers(0, 2, (count, int(code.max()) + 1))
+    found = []
+    for flip in flips:
+        ours = np.arange(len(table)) + len(table) * flip[code]
+        pair = [_aggregate(metric, score, both.iloc[at]) for at in (ours, (ours + len(table)) % len(both))]
+        if pair[0] is not None and pair[1] is not None:
+            found.append(pair[0] - pair[1])
+    return np.array(found)
 
 
 # --- several rows ---------------------------------------------------------------------------------

@@ -1,0 +1,5 @@
+"""Copy similarity by the built-in descriptor."""
+
+from .metric import CopyMini
+
+__all__ = ["CopyMini"]

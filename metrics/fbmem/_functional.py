@@ -1,0 +1,289 @@
+"""FB-Mem's arithmetic: multi-scale SSIM over a region, best matches. Torch, no judges, no files.
+
+Sources: Di et al., "Demystifying Foreground-Background Memorization in Diffusion Models" (arXiv 2508.12148)
+and its released code, as the research note reports them; torchmetrics'
+``MultiScaleStructuralSimilarityIndexMeasure`` for the similarity; NeMo (arXiv 2406.02366) for the three
+equal scales.
+
+**Similarity** (``ms-ssim-3``). At scale s, local means, variances and covariance come from an 11-pixel
+Gaussian window (sigma 1.5), over windows that lie inside the picture; with c1 = 0.01^2, c2 = 0.03^2 for
+pixels in 0 to 1,
+
+    contrast_s = (2 cov + c2) / (var_x + var_y + c2)      luminance = (2 mx my + c1) / (mx^2 + my^2 + c1)
+    similarity = relu(contrast_1)^(1/3) * relu(contrast_2)^(1/3) * relu(mean(contrast * luminance)_3)^(1/3)
+
+each term a mean over windows and colour channels; the next scale halves the picture; as in torchmetrics the
+last scale has windows at the border too, where the picture is mirrored. Five scales, which the published
+metric has, need more than 160 pixels. With a region everywhere 1 it equals torchmetrics' at the same betas.
+
+**Region.** The released code paints what is not in the region in one flat colour and compares whole
+pictures. The paint is alike in both and scores 1, so unrelated pictures with a small foreground look the
+same (0.92 at 10 % of the area). The ``masked`` variant, ours, looks at the region only: every local moment
+is a weighted one whose weights are the window times the region, each window counts by how much region it
+holds, and the next scale pools the region's pixels alone. Nothing outside the region, and no paint, enters.
+The foreground's region is the union of the two pictures' foregrounds (so a different outline counts as
+different); the background's is what neither foreground covers, less a rim of one pixel in which the two
+blend.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+KERNEL, SIGMA = 11, 1.5
+C1, C2 = 0.01**2, 0.03**2
+BETAS = (1 / 3, 1 / 3, 1 / 3)
+"""NeMo's, rounded there to 0.33 each."""
+MIN_AREA = 0.03
+"""A foreground of less than this share of the area, or of more than 1 minus it, can't be compared by region
+(FB-Mem's adaptive rule; the constant is inferred from its code)."""
+KEEP = 24
+"""References that the prefilter keeps for a picture: half by foreground, half by background."""
+SMALL = 16
+_EMPTY = 1e-12
+
+Variant = Literal["masked", "as-released"]
+
+
+@lru_cache(maxsize=32)
+def _band(size: int, mirrored: bool, device: str) -> Tensor:
+    """The windows along one side, float32: row i of ``[size - 10, size]`` is the Gaussian centred on i + 5.
+
+    ``mirrored`` gives windows at the border too, ``[size, size]``, in which the side is mirrored at its ends.
+    """
+    reach = (KERNEL - 1) // 2
+    steps = torch.arange(-reach, reach + 1, dtype=torch.float64)
+    gauss = torch.exp(-((steps / SIGMA) ** 2) / 2)
+    gauss = gauss / gauss.sum()
+    band = torch.zeros(size, size, dtype=torch.float64)
+    for row in range(size):
+        for step, share in zip(steps.int().tolist(), gauss, strict=True):
+            at = abs(row + step)
+            band[row, at if at < size else 2 * (size - 1) - at] += share
+    kept = band if mirrored else band[reach : size - reach]
+    return kept.float().contiguous().to(device)
+
+
+def blur(x: Tensor, mirrored: bool = False) -> Tensor:
+    """Gaussian means over windows inside the picture: ``[..., h, w]`` to ``[..., h - 10, w - 10]``.
+
+    ``mirrored`` keeps the size: windows at the border see the picture mirrored.
+    """
+    rows, columns = (_band(side, mirrored, str(x.device)) for side in x.shape[-2:])
+    return rows @ (x @ columns.mT)
+
+
+def scale_terms(x: Tensor, y: Tensor, weight: Tensor, mirrored: bool = False) -> tuple[Tensor, Tensor]:
+    """Mean contrast and mean contrast times luminance of one scale, each ``[n]``.
+
+    ``x`` and ``y`` are ``[n, c, h, w]`` in 0 to 1, ``weight`` ``[n, 1, h, w]`` in 0 to 1 is the region. A
+    region that no window reaches has nothing to differ in: both are 1.
+    """
+    channels = x.shape[1]
+    moments = torch.cat([x, y, x * x, y * y, x * y], dim=1) * weight
+    blurred = blur(torch.cat([moments, weight], dim=1), mirrored)
+    mass = blurred[:, -1:]
+    mx, my, xx, yy, xy = (blurred[:, :-1] / mass.clamp(min=_EMPTY)).split(channels, dim=1)
+    var = (xx - mx * mx).clamp(min=0) + (yy - my * my).clamp(min=0)
+    contrast = (2 * (xy - mx * my) + C2) / (var + C2)
+    luminance = (2 * mx * my + C1) / (mx * mx + my * my + C1)
+    total = channels * mass.sum(dim=(1, 2, 3))
+    both = torch.stack([contrast, contrast * luminance]) * mass
+    means = both.sum(dim=(2, 3, 4)) / total.clamp(min=_EMPTY)
+    means = torch.where(total > 1e-6, means, 1.0)
+    return means[0], means[1]
+
+
+def halve(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The next scale: 2x2 means of the region's pixels, and how much region each mean holds."""
+    pooled = F.avg_pool2d(torch.cat([x * weight, y * weight, weight], dim=1), 2)
+    mass = pooled[:, -1:]
+    first, second = (pooled[:, :-1] / mass.clamp(min=_EMPTY)).split(x.shape[1], dim=1)
+    return first, second, mass
+
+
+def ms_ssim(x: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Multi-scale SSIM of pairs over a region, ``[n]`` in 0 to 1 (module docstring).
+
+    ``x`` and ``y`` ``[n, c, h, w]`` in 0 to 1; ``weight`` ``[n, 1, h, w]`` in 0 to 1, everywhere 1 by
+    default.
+    """
+    if weight is None:
+        weight = torch.ones_like(x[:, :1])
+    return scale_terms(x, y, weight)[0].relu() ** BETAS[0] * _coarse(x, y, weight)
+
+
+def _coarse(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    """The factors of all scales but the first: no less than the whole product, at a fifth of its cost."""
+    product = torch.ones(len(x), device=x.device)
+    for scale in range(1, len(BETAS)):
+        x, y, weight = halve(x, y, weight)
+        last = scale == len(BETAS) - 1
+        contrast, ssim = scale_terms(x, y, weight, mirrored=last)
+        product = product * (ssim if last else contrast).relu() ** BETAS[scale]
+    return product
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures with their foregrounds.
+
+    ``pixels`` float32 ``[n, 3, h, w]`` in 0 to 1, ``masks`` float32 ``[n, 1, h, w]``, 0 or 1.
+    """
+
+    pixels: Tensor
+    masks: Tensor
+
+    @staticmethod
+    def of(images: NDArray[np.uint8], masks: NDArray[np.bool_]) -> Pictures:
+        """From images uint8 ``[n, h, w, 3]`` and foregrounds bool ``[n, h, w]``."""
+        if masks.shape != images.shape[:3]:
+            raise ValueError(f"fbmem: masks {list(masks.shape)} don't fit images {list(images.shape)}")
+        pixels = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 255
+        return Pictures(pixels.contiguous(), torch.from_numpy(masks.astype(np.float32))[:, None])
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, at: Tensor | slice) -> Pictures:
+        return Pictures(self.pixels[at], self.masks[at])
+
+    def repeated(self, count: int) -> Pictures:
+        """The one picture ``count`` times, without copies."""
+        return Pictures(*(t.expand(count, -1, -1, -1) for t in (self.pixels, self.masks)))
+
+    @cached_property
+    def small_pixels(self) -> Tensor:
+        """The pixels at :data:`SMALL` a side."""
+        return F.adaptive_avg_pool2d(self.pixels, SMALL)
+
+    @cached_property
+    def small_masks(self) -> Tensor:
+        """The masks at :data:`SMALL` a side."""
+        return F.adaptive_avg_pool2d(self.masks, SMALL)
+
+    @property
+    def uncomparable(self) -> Tensor:
+        """Whether the foreground is too small or too large to be compared by region, bool ``[n]``."""
+        area = self.masks.mean(dim=(1, 2, 3))
+        return (area < MIN_AREA) | (area > 1 - MIN_AREA)
+
+
+def regions(a: Tensor, b: Tensor, whole: Tensor) -> Tensor:
+    """Foreground and background regions of pairs, ``[2, n, 1, h, w]``.
+
+    ``a`` and ``b`` are foregrounds ``[n, 1, h, w]``. Where ``whole``, bool ``[n]``, says so, both are the
+    whole picture: FB-Mem's adaptive rule, here the same on either side.
+    """
+    union = torch.maximum(a, b)
+    rim = F.max_pool2d(union, 3, stride=1, padding=1)
+    both = torch.stack([union, 1 - rim])
+    return torch.where(whole[None, :, None, None, None], 1.0, both)
+
+
+def filled(pictures: Pictures, whole: Tensor) -> Tensor:
+    """The released code's pictures, ``[2, n, 3, h, w]``: background black, then foreground white."""
+    x, mask = pictures.pixels, pictures.masks
+    both = torch.stack([x * mask, x * (1 - mask) + mask])
+    return torch.where(whole[None, :, None, None, None], x, both)
+
+
+def pair_inputs(a: Pictures, b: Pictures, variant: Variant) -> tuple[Tensor, Tensor, Tensor]:
+    """What is compared for each pair, all foregrounds first, then all backgrounds.
+
+    ``x`` and ``y`` ``[2 n, 3, h, w]``, weights ``[2 n, 1, h, w]``.
+    """
+    whole = a.uncomparable | b.uncomparable
+    if variant == "as-released":
+        x, y = filled(a, whole).flatten(0, 1), filled(b, whole).flatten(0, 1)
+        return x, y, torch.ones_like(x[:, :1])
+    weight = regions(a.masks, b.masks, whole).flatten(0, 1)
+    return a.pixels.repeat(2, 1, 1, 1), b.pixels.repeat(2, 1, 1, 1), weight
+
+
+def region_similarity(a: Pictures, b: Pictures, variant: Variant = "masked") -> tuple[Tensor, Tensor]:
+    """Foreground and background similarity of pairs, each ``[n]``: ``a[i]`` with ``b[i]``."""
+    both = ms_ssim(*pair_inputs(a, b, variant))
+    return both[: len(a)], both[len(a) :]
+
+
+def against_all(
+    picture: Pictures,
+    references: Pictures,
+    variant: Variant = "masked",
+    *,
+    keep: int | None = KEEP,
+    always: Tensor | None = None,
+    among: Tensor | None = None,
+    block: int = 8,
+) -> tuple[Tensor, Tensor]:
+    """Foreground and background similarity of one picture to each reference, ``[references]`` each.
+
+    Exact for the best match and for the references ``always``; NaN for references that were ruled out, and
+    for those that aren't ``among`` the candidates (both bool ``[references]``). Two steps rule out. First
+    the ``keep`` references nearest by :func:`distances` are kept (None: all; the calibration states the
+    recall of this step). Of them, a similarity is a product of factors of at most 1, so that its coarse
+    scales bound it: references are compared at full size in order of their bound, ``block`` at a time,
+    until the best mean of both similarities is no less than every bound left. Nothing is lost by this
+    second step.
+    """
+    found = torch.full((2, len(references)), torch.nan, device=picture.pixels.device)
+    if not len(references):
+        return found[0], found[1]
+    must = torch.zeros(len(references), dtype=torch.bool) if always is None else always
+    allowed = torch.ones_like(must) if among is None else among | must
+    kept = _nearest(picture, references, keep, must, allowed)
+    x, y, weight = pair_inputs(picture.repeated(len(kept)), references[kept], variant)
+    coarse = _coarse(x, y, weight)
+    bound = torch.where(must[kept], torch.inf, coarse.view(2, -1).mean(dim=0))
+    order = torch.argsort(bound, descending=True, stable=True)
+    best = -1.0
+    for start in range(0, len(kept), block):
+        taken = order[start : start + block]
+        if float(bound[taken[0]]) < best:
+            break
+        rows = torch.cat([taken, taken + len(kept)])
+        fine = scale_terms(x[rows], y[rows], weight[rows])[0].relu() ** BETAS[0] * coarse[rows]
+        found[:, kept[taken]] = fine.view(2, -1)
+        best = max(best, float(fine.view(2, -1).mean(dim=0).max()))
+    return found[0], found[1]
+
+
+def _nearest(
+    picture: Pictures, references: Pictures, keep: int | None, must: Tensor, allowed: Tensor
+) -> Tensor:
+    """The numbers of the references that are compared: the ``keep`` nearest, and those that ``must`` be."""
+    if keep is None or keep >= int(allowed.sum()):
+        return torch.nonzero(allowed)[:, 0]
+    chosen = must.clone()
+    for distance in distances(picture, references):
+        order = torch.argsort(torch.where(allowed, distance, torch.inf), stable=True)
+        chosen[order[: keep // 2]] = True
+    return torch.nonzero(chosen)[:, 0]
+
+
+def distances(picture: Pictures, references: Pictures) -> tuple[Tensor, Tensor]:
+    """Mean squared difference of one picture to each reference, over foreground and over background.
+
+    On pictures of :data:`SMALL` pixels a side, with the union of the foregrounds as region: cheap, and not
+    part of any score.
+    """
+    region = torch.maximum(picture.small_masks, references.small_masks)
+    squared = (picture.small_pixels - references.small_pixels).square().mean(dim=1, keepdim=True)
+    inside, outside = (
+        (squared * r).sum(dim=(1, 2, 3)) / r.sum(dim=(1, 2, 3)).clamp(min=1e-6) for r in (region, 1 - region)
+    )
+    return inside, outside
+
+
+def best_match(foreground: Tensor, background: Tensor) -> int:
+    """The reference with the highest mean of both similarities (the first of equals)."""
+    return int(torch.nan_to_num((foreground + background) / 2, nan=-1.0).argmax())

@@ -1,0 +1,278 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from metric_fakes import TrueMasks, fresh, picture, scene_of, shard, small_world, trained
+from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as torch_ms_ssim
+
+from lethebench.datasets.planted import Picture
+from lethebench.metric import Shard
+from lethebench.metrics.fbmem import FBMem, FBMemAsReleased
+from lethebench.metrics.fbmem import _functional as fn
+from lethebench.prompts import Prompt, Reference, Role
+
+
+def pictures(*made: Picture) -> fn.Pictures:
+    masks = np.stack([p.mask >= 128 for p in made])
+    return fn.Pictures.of(np.stack([p.image for p in made]), masks)
+
+
+def noisy(image: np.ndarray, rms: float, seed: int = 0) -> np.ndarray:
+    noise = np.random.default_rng(seed).normal(0, 255 * rms, image.shape)
+    return np.clip(image + noise, 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("size", [48, 64, 97])
+def test_ms_ssim_equals_torchmetrics(size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    x = torch.rand(6, 3, size, size, generator=generator)
+    y = (x + torch.linspace(0, 1, 6)[:, None, None, None] * torch.randn(x.shape, generator=generator)).clamp(
+        0, 1
+    )
+    theirs = torch_ms_ssim(x, y, betas=fn.BETAS, data_range=1.0, reduction="none")
+    assert float((fn.ms_ssim(x, y) - theirs).abs().max()) < 1e-5
+
+
+def test_ms_ssim_equals_torchmetrics_on_pictures() -> None:
+    made = pictures(*(fresh(p) for p in trained("verbatim")))
+    x, y = made.pixels, made.pixels.roll(1, 0)
+    for other in (
+        y,
+        (x + 0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1),
+    ):
+        theirs = torch_ms_ssim(x, other, betas=fn.BETAS, data_range=1.0, reduction="none")
+        assert float((fn.ms_ssim(x, other) - theirs).abs().max()) < 1e-4
+
+
+def naive_terms(x: np.ndarray, y: np.ndarray, w: np.ndarray) -> tuple[float, float]:
+    """Weighted windows one by one, in float64; x and y [c, h, w]."""
+    steps = np.arange(-5, 6)
+    gauss = np.exp(-(steps**2) / (2 * 1.5**2))
+    kernel = np.outer(gauss, gauss)
+    contrast, both, mass = 0.0, 0.0, 0.0
+    for i in range(5, x.shape[1] - 5):
+        for j in range(5, x.shape[2] - 5):
+            at = (slice(i - 5, i + 6), slice(j - 5, j + 6))
+            k = kernel * w[at]
+            total = k.sum()
+            if total < 1e-12:
+                continue
+            for a, b in zip(x, y, strict=True):
+                ma, mb = (k * a[at]).sum() / total, (k * b[at]).sum() / total
+                va, vb = (k * (a[at] - ma) ** 2).sum() / total, (k * (b[at] - mb) ** 2).sum() / total
+                cov = (k * (a[at] - ma) * (b[at] - mb)).sum() / total
+                c = (2 * cov + fn.C2) / (va + vb + fn.C2)
+                contrast += total * c
+                both += total * c * (2 * ma * mb + fn.C1) / (ma**2 + mb**2 + fn.C1)
+            mass += 3 * total
+    return contrast / mass, both / mass
+
+
+def test_masked_terms_equal_a_loop_over_windows() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.random((2, 3, 24, 24))
+    w = (rng.random((24, 24)) < 0.3).astype(float)
+    w[:, :8] = 0
+    ours = fn.scale_terms(*(torch.tensor(a, dtype=torch.float32)[None] for a in (x, y, w[None])))
+    assert [float(t) for t in ours] == pytest.approx(naive_terms(x, y, w), abs=1e-5)
+
+
+def test_nothing_outside_the_region_enters() -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, y, other = torch.rand(3, 1, 3, 64, 64, generator=generator)
+    weight = torch.zeros(1, 1, 64, 64)
+    weight[..., 10:41, 22:50] = 1
+    painted = torch.where(weight > 0, x, other)
+    assert float(fn.ms_ssim(painted, y, weight)) == pytest.approx(float(fn.ms_ssim(x, y, weight)), abs=1e-6)
+    assert float(fn.ms_ssim(painted, x, weight)) == pytest.approx(1, abs=1e-5)
+
+
+def test_region_similarity_is_symmetric_and_one_on_itself() -> None:
+    made = pictures(*(fresh(p) for p in trained("verbatim")))
+    ahead = fn.region_similarity(made, made[torch.arange(len(made)).roll(1)])
+    back = fn.region_similarity(made[torch.arange(len(made)).roll(1)], made)
+    torch.testing.assert_close(ahead, back)
+    for one in fn.region_similarity(made, made):
+        torch.testing.assert_close(one, torch.ones(len(made)), atol=1e-5, rtol=0)
+
+
+def test_against_all_finds_the_best_of_every_pair() -> None:
+    world = small_world()
+    ids = sorted({r for p in world for r in p.references})
+    references = pictures(*(picture(world.reference_scene(r)) for r in ids))
+    always = torch.zeros(len(ids), dtype=torch.bool)
+    always[3] = True
+    for prompt in trained("verbatim")[:3] + trained("foreground")[:1]:
+        one = pictures(fresh(prompt))
+        f, b = fn.region_similarity(one.repeated(len(ids)), references)
+        for keep in (None, len(ids)):
+            found = fn.against_all(one, references, keep=keep, always=always)
+            known = ~found[0].isnan()
+            assert known[3]
+            torch.testing.assert_close(found[0][known], f[known], atol=1e-5, rtol=0)
+            torch.testing.assert_close(found[1][known], b[known], atol=1e-5, rtol=0)
+            assert fn.best_match(*found) == fn.best_match(f, b)
+        among = torch.zeros(len(ids), dtype=torch.bool)
+        among[5:20] = True
+        found = fn.against_all(one, references, among=among, always=always)
+        assert set(torch.nonzero(~found[0].isnan())[:, 0].tolist()) <= {3, *range(5, 20)}
+        among[3] = True
+        assert fn.best_match(*found) == fn.best_match(torch.where(among, f, torch.nan), b)
+
+
+def test_prefilter_keeps_copies() -> None:
+    world = small_world()
+    ids = sorted({r for p in world for r in p.references})
+    references = pictures(*(picture(world.reference_scene(r)) for r in ids))
+    for prompt in trained("verbatim") + trained("foreground") + trained("background"):
+        made = scene_of(prompt, 1 if prompt.kind != "verbatim" else 0)
+        one = pictures(Picture(noisy(made.image, 0.03), made.mask))
+        assert ids[fn.best_match(*fn.against_all(one, references, keep=6))] == prompt.references[0]
+
+
+def test_as_released_is_flat_fill_by_torchmetrics() -> None:
+    a = pictures(*(fresh(p, "a") for p in trained("verbatim")))
+    b = pictures(*(fresh(p, "b") for p in trained("verbatim")))
+    f, back = fn.region_similarity(a, b, "as-released")
+    for ours, fill, inside in ((f, 0.0, True), (back, 1.0, False)):
+        x, y = (torch.where((p.masks > 0) == inside, p.pixels, torch.tensor(fill)) for p in (a, b))
+        theirs = torch_ms_ssim(x, y, betas=fn.BETAS, data_range=1.0, reduction="none")
+        assert float((ours - theirs).abs().max()) < 1e-4
+
+
+def test_flat_fill_calls_unrelated_foregrounds_alike_and_masked_does_not() -> None:
+    far = np.hypot(*np.mgrid[-32:32, -32:32])
+    disc = torch.from_numpy((far < 11.4).astype(np.float32))[None, None]  # a tenth of the area
+    one, other = (pictures(fresh(p)) for p in trained("verbatim")[:2])
+    a, b = fn.Pictures(one.pixels, disc), fn.Pictures(other.pixels, disc)
+    assert float(fn.region_similarity(a, b, "as-released")[0]) > 0.7
+    assert float(fn.region_similarity(a, b)[0]) < 0.3
+
+
+def test_adaptive_rule_compares_whole_pictures_on_either_side() -> None:
+    a, b = (pictures(fresh(p)) for p in trained("verbatim")[:2])
+    tiny = torch.zeros_like(a.masks)
+    tiny[..., :8, :8] = 1
+    whole = fn.ms_ssim(a.pixels, b.pixels)
+    for first, second in ((fn.Pictures(a.pixels, tiny), b), (a, fn.Pictures(b.pixels, 1 - tiny))):
+        for variant in ("masked", "as-released"):
+            for found in fn.region_similarity(first, second, variant):  # type: ignore[arg-type]
+                torch.testing.assert_close(found, whole, atol=1e-5, rtol=0)
+
+
+# --- the metric -----------------------------------------------------------------------------------
+
+
+def cases() -> list[tuple[Prompt, Picture, str]]:
+    """Prompt, picture and the label that it must get."""
+    found = [(p, scene_of(p), "VM") for p in trained("verbatim") + trained("one-to-many")]
+    found += [(p, scene_of(p, 2), "FM") for p in trained("foreground")]
+    found += [(p, scene_of(p, 2), "BM") for p in trained("background")]
+    return found + [(p, fresh(p), "NM") for p in trained("verbatim") + trained("hard-negative")]
+
+
+def test_labels_of_rendered_scenes() -> None:
+    made = cases()
+    columns = FBMem(TrueMasks()).measure(shard([(p, i) for p, i, _ in made]))
+    assert columns["fbmem_label"].tolist() == [label for _, _, label in made]
+    for row, (prompt, _, label) in enumerate(made):
+        assert (columns["fbmem_best"][row] in prompt.references) or label == "NM"
+        assert columns["fbmem_memorized"][row] == (label != "NM")
+        assert columns[f"fbmem_{label.lower()}"][row] == 1
+        if label == "VM":
+            assert columns["fbmem_own"][row] == pytest.approx(1, abs=1e-4)
+
+
+def test_true_masks_of_references_give_the_same_labels() -> None:
+    made = cases()
+    images = shard([(p, i) for p, i, _ in made])
+    ours, true = (FBMem(TrueMasks(), true_masks=t).measure(images) for t in (False, True))
+    assert ours["fbmem_label"].tolist() == true["fbmem_label"].tolist()
+
+
+def test_blank_and_noise_are_not_memorized() -> None:
+    prompts = trained("verbatim")
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    made = [(p, i) for p in prompts for i in (np.full((64, 64, 3), 128, np.uint8), noise)]
+    assert set(FBMem(TrueMasks()).measure(shard(made))["fbmem_label"]) == {"NM"}
+
+
+def test_batch_and_order_do_not_matter() -> None:
+    made = [(p, i) for p, i, _ in cases()]
+    whole = FBMem(TrueMasks()).measure(shard(made))
+    backwards = FBMem(TrueMasks()).measure(shard(made[::-1]))
+    alone = [FBMem(TrueMasks()).measure(shard([pair])) for pair in made]
+    for name, column in whole.items():
+        singly = np.concatenate([c[name] for c in alone])
+        if column.dtype == object:
+            assert column.tolist() == backwards[name][::-1].tolist() == singly.tolist()
+        else:
+            np.testing.assert_allclose(column, backwards[name][::-1], atol=1e-5)
+            np.testing.assert_allclose(column, singly, atol=1e-5)
+
+
+def test_prompts_without_references_have_no_label() -> None:
+    neutral = next(p for p in small_world() if p.role is Role.NEUTRAL)
+    concept = next(p for p in small_world() if p.role is Role.CONCEPT)
+    columns = FBMem(TrueMasks()).measure(shard([(neutral, fresh(neutral)), (concept, fresh(neutral))]))
+    assert columns["fbmem_label"].tolist() == ["", ""]
+    assert all(np.isnan(v).all() for v in columns.values() if v.dtype != object)
+
+
+def test_empty_shard_has_empty_columns() -> None:
+    for metric in (FBMem(TrueMasks()), FBMemAsReleased(TrueMasks())):
+        assert {len(v) for v in metric.measure(shard([])).values()} == {0}
+
+
+def test_as_released_metric_calls_copies_memorized() -> None:
+    made = [(p, scene_of(p)) for p in trained("verbatim")]
+    columns = FBMemAsReleased(TrueMasks()).measure(shard(made))
+    assert set(columns["fbmem_as_released_label"]) == {"VM"}
+
+
+@pytest.mark.parametrize(
+    "images", [np.zeros((1, 64, 64, 3)), np.zeros((1, 64, 64), np.uint8), np.zeros((1, 32, 32, 3), np.uint8)]
+)
+def test_wrong_images_are_one_clear_error(images: np.ndarray) -> None:
+    prompt = trained("verbatim")[0]
+    with pytest.raises(ValueError, match="fbmem: "):
+        FBMem(TrueMasks()).measure(Shard(images, (prompt,), (0,), small_world()))
+
+
+def test_lengths_that_differ_are_one_clear_error() -> None:
+    prompt = trained("verbatim")[0]
+    with pytest.raises(
+        ValueError, match="fbmem: the parts of a shard must be of one length; got 1 images, 2 prompts"
+    ):
+        FBMem(TrueMasks()).measure(Shard(fresh(prompt).image[None], (prompt, prompt), (0, 1), small_world()))
+
+
+def test_reference_without_true_mask_is_one_clear_error() -> None:
+    class Maskless:
+        name, version = "maskless", "1"
+        world = small_world()
+
+        def __iter__(self):
+            return iter(self.world)
+
+        def reference(self, name: str) -> Reference:
+            return Reference(name, self.world.reference(name).image)
+
+    prompt = trained("verbatim")[0]
+    images = Shard(fresh(prompt).image[None], (prompt,), (0,), Maskless())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="has no true mask"):
+        FBMem(TrueMasks(), true_masks=True).measure(images)
+
+
+def test_distinct_matches_counts_memorized_images_by_cluster() -> None:
+    table = pd.DataFrame(
+        {
+            "cluster": ["a", "a", "a", "a", "b", "b", "c"],
+            "fbmem_best": ["1", "2", "2", "9", "3", "3", "4"],
+            "fbmem_memorized": [1.0, 1, 1, 0, 1, 1, 0],
+        }
+    )
+    score = next(s for s in FBMem.scores if s.name == "fbmem.distinct_matches")
+    assert FBMem().aggregate(score, table) == pytest.approx((2 + 1 + 0) / 3)
