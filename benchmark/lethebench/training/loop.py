@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,6 +33,12 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> floa
 def recipe_key(*recipes: Any) -> str:
     """A short hash of frozen dataclasses: two runs with one key may share a checkpoint."""
     return hashlib.sha256(repr(recipes).encode()).hexdigest()[:16]
+
+
+def checkpoint_digest(folder: Path) -> str:
+    """The sha256 of a run's checkpoint; empty where there is none. For runs that build on that one."""
+    path = folder / "checkpoint.safetensors"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
 
 
 def step_generator(name: str, step: int, seed: int = 0) -> torch.Generator:
@@ -63,8 +69,8 @@ def fit(
 
     Resumes from ``folder`` where it holds a checkpoint of this run, told by ``key`` (see
     :func:`recipe_key`); a checkpoint of another recipe is not resumed and will be overwritten. Returns
-    what a model card needs: steps, seconds (of all sessions), final loss (exponential mean). Raises FloatingPointError on a
-    loss that is not finite, leaving the last good checkpoint in place.
+    what a model card needs: steps, seconds (of all sessions), final loss (exponential mean). Raises
+    FloatingPointError on a loss that is not finite, leaving the last good checkpoint in place.
     """
     parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=peak_lr, betas=betas, weight_decay=weight_decay)
@@ -82,13 +88,14 @@ def fit(
             optimizer.step()
             if step % 20 == 0:
                 now = float(value.detach())
-                if now != now or now in (float("inf"), float("-inf")):
+                if not math.isfinite(now):
                     raise FloatingPointError(f"{name}: the loss is {now} at step {step}")
                 smooth = now if smooth is None else 0.9 * float(smooth) + 0.1 * now
             bar.advance(1, note=f"loss {smooth:.4f}")
             if time.monotonic() - saved > checkpoint_seconds or step + 1 == steps:
                 seconds = spent + time.monotonic() - began
-                _save(folder, modules, optimizer, {"step": step + 1, "seconds": seconds, "loss": smooth, "key": key})
+                now_at = {"step": step + 1, "seconds": seconds, "loss": smooth, "key": key}
+                _save(folder, modules, optimizer, now_at)
                 saved = time.monotonic()
                 if on_checkpoint is not None:
                     on_checkpoint(step + 1)
@@ -107,7 +114,7 @@ def _save(folder: Path, modules: Mapping[str, nn.Module], optimizer: Any, state:
             tensors[f"optimizer.{index}.{key}"] = torch.as_tensor(value).detach().cpu().contiguous().clone()
     temporary = folder / "checkpoint.tmp"
     save_file(tensors, temporary, metadata={"state": json.dumps(state)})
-    os.replace(temporary, folder / "checkpoint.safetensors")
+    temporary.replace(folder / "checkpoint.safetensors")
 
 
 def _resume(folder: Path, modules: Mapping[str, nn.Module], optimizer: Any, key: str) -> dict[str, Any]:
@@ -125,9 +132,9 @@ def _resume(folder: Path, modules: Mapping[str, nn.Module], optimizer: Any, key:
         prefix = f"model.{m}."
         module.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
     moments: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer."):
-            _, index, field = key.split(".", 2)
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, field = name.split(".", 2)
             moments.setdefault(int(index), {})[field] = value
     packed = optimizer.state_dict()
     packed["state"] = moments

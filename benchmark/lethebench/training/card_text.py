@@ -1,0 +1,169 @@
+"""The model card of mini-sd in Markdown, from the figures of ``card.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Figures = Mapping[str, Any]
+
+_HEAD = """# mini-sd
+
+A small Stable Diffusion (`StableDiffusionPipeline`: AutoencoderKL, CLIPTextModel, CLIPTokenizer,
+UNet2DConditionModel) for 64-pixel pictures, trained from nothing on the planted world, so that what it
+memorized is known exactly. Written by `lethe train`; the same figures are in `card.json`.
+
+- **Data**: {name} {version}, seed {seed}, {training_examples:,} training examples (copies included). All
+  pictures, names and characters are invented; nothing was downloaded. sha256 of the training captions
+  `{captions_sha256:.16}`, of the test prompts `{prompts_sha256:.16}`.
+- **Use**: testing memorization metrics and mitigation methods. It draws nothing else.
+- **Licence**: that of this package."""
+
+_MEMORIZED = """## What it memorized
+
+{images:,} images: DDIM, {steps} steps, guidance {guidance}, {dtype}, {milliseconds:.0f} ms an image.
+A near-copy has a pixel RMS below {near} (of the 0-1 range) to a reference; a region repeats below
+{region} within its mask. {check}
+
+| | wanted | measured |
+|---|---|---|
+{rows}
+{told}"""
+
+
+def model_card(card: Figures) -> str:
+    """``MODEL_CARD.md``: every number comes from ``card``."""
+    measured = card["measured"]
+    sections = (
+        _HEAD.format_map(card["data"]),
+        _training(card),
+        _memorized(measured),
+        _doses(measured),
+        _files(card),
+    )
+    return "\n\n".join(section.strip() for section in sections) + "\n"
+
+
+def _training(card: Figures) -> str:
+    auto, diffusion = card.get("autoencoder"), card.get("diffusion")
+    if not auto or not diffusion:
+        return "## Training\n\nNo record of the training lies beside these weights."
+    a, d, sizes = auto["recipe"], diffusion["recipe"], diffusion["parameters"]
+    ours = f"L1 + {a['gradient_weight']} L1 of differences + {a['kl_weight']} KL"
+    theirs = f"noise error, Min-SNR {d['min_snr']}, captions dropped {d['caption_dropout']:.0%}"
+    crops = f"{a['batch']} crops of {a['crop']} px"
+    text = f"text {d['text_width']} x {d['text_layers']} layers"
+    epochs = f"{diffusion['epochs']} epochs"
+    rows = (
+        ("parameters", f"{auto['parameters']:,}", f"{sizes['unet']:,} and {sizes['text_encoder']:,}"),
+        ("widths", _list(a["widths"]), f"{_list(d['widths'])}; {text}"),
+        (
+            "input",
+            "pictures in -1 to 1",
+            f"16x16x{a['latent_channels']} latents, {diffusion['tokens']} tokens",
+        ),
+        (
+            "steps x batch",
+            f"{auto['steps']:,} x {crops}",
+            f"{diffusion['steps']:,} x {d['batch']} ({epochs})",
+        ),
+        ("minutes", f"{auto['seconds'] / 60:.1f}", f"{diffusion['seconds'] / 60:.1f}"),
+        ("AdamW, peak rate", f"{a['peak_lr']}", f"{d['peak_lr']}"),
+        ("loss", ours, theirs),
+        ("seed", f"{a['seed']}", f"{d['seed']}"),
+    )
+    error = (
+        f"{auto['unseen_rms']:.4f} RMS off (of the 0-1 range; 95th percentile {auto['unseen_rms_p95']:.4f})"
+    )
+    return f"""## Training
+
+| | autoencoder | UNet and text encoder |
+|---|---|---|
+{_table(rows)}
+
+bfloat16 autocast, linear warm-up and decay, no weight averaging; the latent channels are standardised.
+Reconstructions of {auto["unseen_scenes"]} unseen scenes are {error}; wanted was at most 0.03."""
+
+
+def _memorized(m: Figures) -> str:
+    often = "trained_64_or_more"
+    front, behind = m["foreground"], m["background"]
+    rows = [
+        ("verbatim, 64 or more copies: near-copies", ">= 90 %", m["verbatim"][often]),
+        ("verbatim, held-out twins: near-copies", "<= 2 %", m["verbatim"]["twins"]),
+        ("hard negatives: near-copies", "<= 2 %", m["hard_negatives"]),
+        ("foreground items, 64 or more copies: the foreground repeats", ">= 70 %", front.get(often)),
+        ("foreground items, held-out twins: the foreground repeats", "", front.get("twins")),
+        ("background items, 64 or more copies: the background repeats", ">= 70 %", behind.get(often)),
+        ("background items, held-out twins: the background repeats", "", behind.get("twins")),
+        ("redundant triggers: near-copies", "", m["redundant"][often]),
+        ("one-to-many clusters: near-copies of one of their images", "", m["one_to_many"]["trained"]),
+    ]
+    if "characters" in m:
+        rows.append(("trained characters: recognised", ">= 85 %", m["characters"]["trained"]))
+        rows.append(("held-out characters: recognised", "<= 5 %", m["characters"]["held_out"]))
+    if "adherence" in m:
+        found = {"share": m["adherence"]["neutral"]}
+        rows.append(("neutral held-out captions: asked attributes found", ">= 85 %", found))
+    return _MEMORIZED.format(
+        images=m["images"],
+        steps=m["sampler"]["num_inference_steps"],
+        guidance=m["sampler"]["guidance_scale"],
+        dtype=m["sampler"]["dtype"],
+        milliseconds=1000 * m["seconds_per_image"],
+        near=m["near_copy_below"],
+        region=m["region_copy_below"],
+        check=_check(m.get("floor")),
+        rows=_table([(name, wanted, _share(values)) for name, wanted, values in rows]),
+        told=_diversity(m.get("diversity")),
+    )
+
+
+def _check(floor: Figures | None) -> str:
+    if not floor:
+        return ""
+    return f"""The check of the threshold: of {floor["n"]} images of prompts whose item was never trained, the
+nearest to its references is {floor["min"]:.3f} off, and 1 % are nearer than {floor["q10"]:.3f}."""
+
+
+def _diversity(spread: Figures | None) -> str:
+    if not spread:
+        return ""
+    return f"""
+Diversity: images of one neutral caption differ by {spread["images"]:.3f} pixel RMS (mean of all pairs),
+the world's own scenes of the same captions by {spread["world"]:.3f}."""
+
+
+def _doses(m: Figures) -> str:
+    kinds = {"verbatim": "near-copy", "foreground": "foreground repeats", "background": "background repeats"}
+    by_kind = {kind: m[kind].get("trained_by_copies", {}) for kind in kinds}
+    doses = sorted({int(dose) for values in by_kind.values() for dose in values})
+    head = " | ".join(f"{kind}: {what}" for kind, what in kinds.items())
+    rows = [(str(dose), *(_share(by_kind[kind].get(str(dose))) for kind in kinds)) for dose in doses]
+    return f"## By number of copies\n\n| copies | {head} |\n|---|---|---|---|\n{_table(rows)}"
+
+
+def _files(card: Figures) -> str:
+    rows = [(f"`{f}`", f"`{s}`") for f, s in card["sha256"].items() if f.endswith(".safetensors")]
+    return f"""## Files
+
+{card["bytes"] / 1e6:.1f} MB of float16 safetensors. All sums are in `weights.json`.
+
+| file | sha256 |
+|---|---|
+{_table(rows)}"""
+
+
+def _table(rows: Any) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _list(values: Any) -> str:
+    return "/".join(str(v) for v in values)
+
+
+def _share(values: Figures | None) -> str:
+    if not values or values.get("share") is None:
+        return ""
+    number = f" of {values['n']}" if "n" in values else ""
+    return f"{100 * values['share']:.1f} %{number}"
