@@ -32,7 +32,7 @@ def run(methods: list[str], **options: Any) -> Outcome:
 
 
 def load_rows(runs: str | Path = "runs") -> pd.DataFrame:
-    """The rows below a folder as a DataFrame, one line a row: see :func:`lethebench.leaderboard.rows_frame`."""
+    """The rows below a folder as a DataFrame: see :func:`lethebench.leaderboard.rows_frame`."""
     from lethebench.leaderboard import load_rows as read
     from lethebench.leaderboard import rows_frame
 

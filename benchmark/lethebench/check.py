@@ -213,12 +213,15 @@ def check_leaves_global_random_state(subject: Subject) -> None:
     import numpy as np
     import torch
 
-    before = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy())  # type: ignore[index,union-attr]
+    def states() -> tuple[bytes, object, bytes]:
+        legacy = np.random.get_state()[1]  # type: ignore[index]  # noqa: NPY002
+        return bytes(torch.get_rng_state().numpy()), random.getstate(), legacy.tobytes()  # type: ignore[union-attr]
+
+    before = states()
     subject.fit()
     subject.draw()
-    assert torch.equal(before[0], torch.get_rng_state()), "torch's global generator was used"
-    assert before[1] == random.getstate(), "Python's global random state was used"
-    assert (before[2] == np.random.get_state()[1]).all(), "numpy's global random state was used"  # type: ignore[index]
+    for name, old, new in zip(("torch", "Python", "numpy"), before, states(), strict=True):
+        assert old == new, f"{name}'s global random state was used"
 
 
 def check_composes(subject: Subject) -> None:
@@ -227,9 +230,9 @@ def check_composes(subject: Subject) -> None:
 
     other = configure(METHODS.get("random-tokens"), "weak")
     before = _state(subject.model)
-    with other.apply(subject.model, Artefact()) as first:
-        with subject.method.apply(subject.model, subject.artefact) as second:
-            sample(subject.model, subject.keys[:1], subject.sampler, [first, second], batch_size=1)
+    outer = other.apply(subject.model, Artefact())
+    with outer as first, subject.method.apply(subject.model, subject.artefact) as second:
+        sample(subject.model, subject.keys[:1], subject.sampler, [first, second], batch_size=1)
     _same_state(before, _state(subject.model), "after a composition")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-METRIC = '''
+METRIC = """
 import numpy as np
 from lethebench.metric import Metric, Score
 
@@ -22,7 +22,7 @@ class Brightness(Metric):
 
     def measure(self, shard):
         return {"brightness": shard.images.reshape(len(shard), -1).mean(1) / 255.0}
-'''
+"""
 
 SUITE = {
     "name": "tiny",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -53,7 +52,9 @@ def test_a_run_writes_rows_tables_and_images(tiny_suite: Path, tmp_path: Path) -
     assert blank.base_difference is not None
     folder = tmp_path / "runs/tiny@1/tiny-sd/random-tokens/weak"
     table = pd.read_parquet(folder / "images.parquet")
-    assert len(table) == outcome.rows[2].scores["brightness.mean"].n == len(list((folder / "images").iterdir()))
+    assert (
+        len(table) == outcome.rows[2].scores["brightness.mean"].n == len(list((folder / "images").iterdir()))
+    )
     for _, image in table.iterrows():
         assert (folder / "images" / f"{image.prompt_id}-{image['index']}.png").exists()
 
@@ -133,7 +134,9 @@ def test_a_changed_plugin_is_run_again(tiny_suite: Path, tmp_path: Path) -> None
     for value in (51, 102):
         (tmp_path / "fill.py").write_text(source.replace("VALUE", str(value)))
         arguments = [str(tmp_path / "fill.py") + ":Fill", str(tiny_suite), str(tmp_path / "runs")]
-        done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True
+        )
         found.append(done.stdout.split())
     assert [float(f[0]) for f in found] == [pytest.approx(0.2), pytest.approx(0.4)]
     assert int(found[1][1]) > 0
@@ -167,7 +170,7 @@ def test_a_run_killed_at_any_instant_resumes_to_the_same_rows(tiny_suite: Path, 
         process.wait()
     assert start("killed").wait() == 0
     assert _rows(tmp_path / "killed") == _rows(tmp_path / "whole")
-    assert os.listdir(tmp_path / "killed-site")
+    assert list((tmp_path / "killed-site").iterdir())
 
 
 def test_rows_load_as_a_data_frame(tiny_suite: Path, tmp_path: Path) -> None:

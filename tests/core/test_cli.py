@@ -14,7 +14,9 @@ import pytest
 from lethebench.store import file_sha256
 
 
-def lethe(*arguments: str | Path, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+def lethe(
+    *arguments: str | Path, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "lethebench.cli", *map(str, arguments)],
         capture_output=True,
@@ -54,7 +56,9 @@ def _one_line(done: subprocess.CompletedProcess[str], *words: str) -> None:
         (["frobnicate"], ["frobnicate"]),
     ],
 )
-def test_a_wrong_request_is_one_line_and_exit_2(arguments: list[str], words: list[str], tmp_path: Path) -> None:
+def test_a_wrong_request_is_one_line_and_exit_2(
+    arguments: list[str], words: list[str], tmp_path: Path
+) -> None:
     _one_line(lethe(*arguments, cwd=tmp_path), *words)
     assert not list(tmp_path.iterdir()), "nothing is written before the request is understood"
 
@@ -64,7 +68,9 @@ def test_a_plugin_that_fails_to_import_is_named(tmp_path: Path) -> None:
     _one_line(lethe("bench", "./bad.py:Method", cwd=tmp_path), "bad.py", "torch_but_misspelt")
 
 
-def test_damaged_weights_are_found_before_any_work(tmp_path: Path, tiny_model: Path, tiny_suite: Path) -> None:
+def test_damaged_weights_are_found_before_any_work(
+    tmp_path: Path, tiny_model: Path, tiny_suite: Path
+) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
@@ -88,7 +94,10 @@ def test_a_full_disk_is_one_line_and_what_was_done_is_kept(tmp_path: Path, tiny_
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True, text=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if mounted.returncode != 0:
         pytest.skip(f"a small tmpfs can't be mounted here: {mounted.stderr.strip()}")
@@ -96,7 +105,9 @@ def test_a_full_disk_is_one_line_and_what_was_done_is_kept(tmp_path: Path, tiny_
         done = lethe("bench", "base", "--suite", tiny_suite, "--runs", disk / "runs")
         _one_line(done, "full", "free some space")
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
-        again = lethe("bench", "base", "--suite", tiny_suite, "--runs", disk / "runs", "--site", tmp_path / "site")
+        again = lethe(
+            "bench", "base", "--suite", tiny_suite, "--runs", disk / "runs", "--site", tmp_path / "site"
+        )
         assert again.returncode == 0, again.stderr
     finally:
         subprocess.run(["umount", str(disk)], check=True)
@@ -156,7 +167,9 @@ def test_doctor_says_what_it_found(tmp_path: Path) -> None:
     assert "PROBLEM" in bad.stdout
 
 
-@pytest.mark.parametrize("command", ["bench", "list", "info", "check", "fit", "generate", "score", "train", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["bench", "list", "info", "check", "fit", "generate", "score", "train", "doctor"]
+)
 def test_every_command_has_help_with_an_example(command: str) -> None:
     done = lethe(command, "--help")
     assert done.returncode == 0

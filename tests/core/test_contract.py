@@ -103,7 +103,16 @@ def _fresh():
 def installed(tmp_path_factory) -> Path:
     """The example plugin package, installed by pip into a folder."""
     folder = tmp_path_factory.mktemp("plugins")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+    ]
     subprocess.run([*command, "--target", str(folder), str(ROOT / "plugin_package")], check=True)
     return folder
 

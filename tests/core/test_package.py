@@ -43,5 +43,7 @@ def test_hugging_face_datasets_is_not_hidden(tmp_path: Path) -> None:
     repository = ROOT.parents[1]
     for folder in (tmp_path, repository):
         script = "import datasets, lethebench.datasets.planted; print(hasattr(datasets, 'load_dataset'))"
-        done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=True
+        )
         assert done.stdout.strip() == "True"

@@ -121,7 +121,9 @@ def test_every_registered_method_declares_a_family() -> None:
 def test_two_objects_of_one_name_are_refused() -> None:
     from lethebench.zoo import ModelEntry
 
-    registry: Registry[ModelEntry] = Registry("model", "lethebench.zoo:ModelEntry", "lethebench.zoo", "lethebench.none")
+    registry: Registry[ModelEntry] = Registry(
+        "model", "lethebench.zoo:ModelEntry", "lethebench.zoo", "lethebench.none"
+    )
     registry.register(ModelEntry("twice", "sd", "one"))
     with pytest.raises(UserError, match="registered already"):
         registry.register(ModelEntry("twice", "sd", "other"))
