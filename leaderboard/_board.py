@@ -505,10 +505,10 @@ def _score_lines(row: Row, found: Sequence[Column], at: int) -> list[ScoreLine]:
 
 
 def _slice_tables(row: Row) -> list[SliceTable]:
-    """A table for each condition: the scores that have a place of their own in the main table."""
+    """A table for each condition: the scores on memorization and concepts. The row has the others."""
     groups: dict[tuple[str, ...], list[Slice]] = {}
     for s in row.slices:
-        if place(s.name)[1] != "more":
+        if place(s.name)[1] in ("memorization", "concepts"):
             groups.setdefault(tuple(sorted(s.where, key=lambda k: (k != "kind", k))), []).append(s)
     return [_slice_table(keys, groups[keys], row) for keys in sorted(groups, key=lambda k: (len(k), k))]
 
@@ -534,7 +534,7 @@ def _slice_cell(found: Slice | None, record: ScoreRecord) -> tuple[str, str]:
     values = [v for v in (found.value, found.low, found.high) if v is not None]
     number = fmt.number_format(values, record.bounds, record.unit)
     interval = number.interval(found.low, found.high)
-    return number(found.value), f"{found.n} images" + (f", 95 % interval {interval}" if interval else "")
+    return number(found.value), f"{interval}, {found.n} images" if interval else f"{found.n} images"
 
 
 # --- plots ----------------------------------------------------------------------------------------

@@ -19,6 +19,14 @@ if TYPE_CHECKING:
 TEMPLATES = Path(__file__).parent / "templates"
 PAGE_BYTES = 3_000_000
 """The page's size that is aimed at."""
+FEWEST = 4
+"""Triplets that a row keeps, however large the page."""
+FILES = {
+    "CSV": "leaderboard.csv",
+    "JSON": "leaderboard.json",
+    "Markdown": "leaderboard.md",
+    "LaTeX": "leaderboard.tex",
+}
 
 
 def build(
@@ -32,10 +40,10 @@ def build(
     """Write the page and the tables of every row below ``runs``; returns the path of ``index.html``.
 
     ``strengths`` gives methods' settings from weak to strong where their names don't tell.
-    ``pictures`` is the number of image triplets a row, lowered for all rows alike (down to none) where the
-    page would be larger than ``page_bytes``. The same input gives the same bytes. A row that is not
-    valid is named on the page with its reason and hides no other. Raises UserError where ``out`` can't be
-    written.
+    ``pictures`` is the number of image triplets a row, lowered for all rows alike, to :data:`FEWEST`
+    at least, where the page would be larger than ``page_bytes``. The same input gives the same bytes.
+    A row that is not valid is named on the page with its reason and hides no other. Raises UserError
+    where ``out`` can't be written.
     """
     from lethebench.leaderboard import _board, _export
 
@@ -44,12 +52,12 @@ def build(
     store = ImageStore()
     boards = _board.boards(found.entries, strengths or {}, store, pictures)
     files = {
-        "leaderboard.csv": _export.csv_text(boards),
-        "leaderboard.md": _export.markdown_text(boards),
-        "leaderboard.tex": _export.latex_text(boards),
-        "leaderboard.json": _export.json_text(boards, found.problems),
+        FILES["CSV"]: _export.csv_text(boards),
+        FILES["JSON"]: _export.json_text(boards, found.problems),
+        FILES["Markdown"]: _export.markdown_text(boards),
+        FILES["LaTeX"]: _export.latex_text(boards),
     }
-    page = _fitted(boards, found, unfinished(runs), store, files, page_bytes)
+    page = _fitted(boards, found, unfinished(runs), store, page_bytes)
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, text in {**files, "index.html": page}.items():
@@ -65,7 +73,6 @@ def render(
     found: Results,
     stopped: Sequence[str],
     images: Mapping[str, str],
-    files: Mapping[str, str],
 ) -> str:
     """The page. Whatever comes from a row is escaped, and its policy allows only the page's own script."""
     import jinja2
@@ -94,7 +101,7 @@ def render(
         schema=SCHEMA,
         n_rows=len(found.entries),
         input_sha256=input_sha256(found.entries),
-        downloads=_downloads(files),
+        files=FILES,
     )
     return text
 
@@ -129,20 +136,15 @@ def input_sha256(entries: Sequence[Entry]) -> str:
 
 
 def _fitted(
-    boards: Sequence[Board],
-    found: Results,
-    stopped: Sequence[str],
-    store: ImageStore,
-    files: Mapping[str, str],
-    limit: int,
+    boards: Sequence[Board], found: Results, stopped: Sequence[str], store: ImageStore, limit: int
 ) -> str:
     """The page, its triplets shortened where it would exceed the limit."""
     used = _shown(boards)
-    page = render(boards, found, stopped, store.uris(used), files)
+    page = render(boards, found, stopped, store.uris(used))
     if len(page) <= limit or not used:
         return page
     budget = limit - (len(page) - store.size(used))
-    return render(boards, found, stopped, store.uris(_within(boards, store, budget)), files)
+    return render(boards, found, stopped, store.uris(_within(boards, store, budget)))
 
 
 def _shown(boards: Sequence[Board]) -> set[str]:
@@ -155,26 +157,11 @@ def _within(boards: Sequence[Board], store: ImageStore, budget: int) -> set[str]
     """Shorten every row's triplets alike until the images fit; the ids of those that are left."""
     lines: list[Line] = [line for board in boards for line in board.lines]
     count = max(len(line.pictures) for line in lines)
-    while count and store.size(_shown(boards)) > budget:
+    while count > FEWEST and store.size(_shown(boards)) > budget:
         count -= 1
         for line in lines:
             line.pictures = line.pictures[:count]
     return _shown(boards)
-
-
-def _downloads(files: Mapping[str, str]) -> list[tuple[str, str, str]]:
-    kinds = {
-        "csv": ("CSV", "text/csv"),
-        "md": ("Markdown", "text/markdown"),
-        "tex": ("LaTeX", "application/x-tex"),
-    }
-    found = []
-    for name, text in files.items():
-        kind = kinds.get(name.rpartition(".")[2])
-        if kind is not None:
-            data = base64.b64encode(text.encode()).decode()
-            found.append((name, kind[0], f"data:{kind[1]};charset=utf-8;base64,{data}"))
-    return found
 
 
 def _write(path: Path, text: str) -> None:

@@ -142,17 +142,14 @@ def _score_cell(row: Row, record: ScoreRecord | None, number: fmt.NumberFormat) 
     assert record is not None and record.value is not None
     unit = " %" if number.percent else ""
     interval = number.interval(record.low, record.high)
-    note = f"{number(record.value)}{unit}"
-    if interval:
-        note += f", 95 % interval {interval}{unit}"
-    note += f"; {record.n} images in {record.clusters} clusters"
+    note = f"{record.n} images in {record.clusters} clusters"
     difference = span = ""
     significant = False
     if record.base_difference is not None:
         d = record.base_difference
         difference, span = number.signed(d.value), f"{number.signed(d.low)} to {number.signed(d.high)}"
         significant = d.p < 0.05
-        note += f"\nto base: {difference} ({span}), {fmt.p_value(d.p)}, paired on the same noise"
+        note += f"\nTo base, on the same noise: {difference}{unit} ({span}), {fmt.p_value(d.p)}"
     return Cell("ok", number(record.value), interval, record.value, note, difference, span, significant)
 
 

@@ -99,7 +99,34 @@ def rows_frame(rows: Sequence[Row]) -> pd.DataFrame:
     """
     import pandas as pd
 
-    return pd.DataFrame([_flat(row) for row in rows])
+    flat = [_flat(row) for row in rows]
+    columns = dict.fromkeys(c for row in flat for c in row)
+    return pd.DataFrame(flat, columns=sorted(columns, key=_column_order))
+
+
+_FIRST = (
+    "suite",
+    "version",
+    "model",
+    "method",
+    "setting",
+    "status",
+    "reason",
+    "control",
+    "family",
+    "knowledge",
+    "warnings",
+)
+_SUFFIXES = ("", "low", "high", "n", "difference", "difference_low", "difference_high", "p")
+
+
+def _column_order(name: str) -> tuple[int, str, int]:
+    if name in _FIRST:
+        return (0, "", _FIRST.index(name))
+    if name.startswith("cost."):
+        return (2, name, 0)
+    score, _, suffix = name.rpartition(".")
+    return (1, score, _SUFFIXES.index(suffix)) if suffix in _SUFFIXES[1:] else (1, name, 0)
 
 
 def _flat(row: Row) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """A made runs folder: rows, tables and pictures as the runner writes them, from invented methods.
 
-Nothing here is a result. The pictures are simple scenes; an image of a method is the training image,
-half of it, or another scene, as a drawn label says. ``python tests/made_runs.py FOLDER``
-writes one to look at.
+Nothing here is a result. Columns and scores are those of the built-in metrics. The pictures are simple
+scenes; an image of a method is the training image, half of it, or another scene, as a drawn label
+says. ``python tests/made_runs.py FOLDER`` writes one to look at.
 """
 
 from __future__ import annotations
@@ -22,10 +22,6 @@ from urllib.parse import quote
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw, ImageFilter
-
-from lethebench.metric import Metric, Score, Shard
-from lethebench.prompts import Role
-from lethebench.registry import METRICS
 
 EVIL = "<img src=x onerror=alert(1)>"
 EVIL_TEXT = "</script><script>window.pwned=1</script><!-- " + EVIL + " {{ 7 * 7 }} & \"quotes\" 'and' more"
@@ -297,7 +293,7 @@ def _line(
         "fbmem_fm": float(label == "FM") if judged else math.nan,
         "fbmem_bm": float(label == "BM") if judged else math.nan,
         "copy_mini_similarity": min(1.0, similarity) if judged else math.nan,
-        "copy_mini_rate": float(similarity > 0.5) if judged else math.nan,
+        "copy_mini_copy": float(similarity > 0.5) if judged else math.nan,
         "clip_mini_score": adherence,
         "acc_g": float(own.random() < 0.9 * made.keeps + 0.03) if item.role == "concept" else math.nan,
         "fidelity_mini_attributes": float(own.random() < made.adherence * 2.9)
@@ -331,28 +327,26 @@ class Told:
 
 SHARE = (0.0, 1.0)
 SCORES: dict[str, Told] = {
-    "fbmem.memorized": Told(
-        "fbmem_memorized", "trigger", "lower", "share", SHARE, "made-fbmem", "VM, FM or BM."
-    ),
-    "fbmem.vm": Told("fbmem_vm", "trigger", "lower", "share", SHARE, "made-fbmem", "Verbatim."),
-    "fbmem.fm": Told("fbmem_fm", "trigger", "lower", "share", SHARE, "made-fbmem", "Foreground."),
-    "fbmem.bm": Told("fbmem_bm", "trigger", "lower", "share", SHARE, "made-fbmem", "Background."),
+    "fbmem.memorized": Told("fbmem_memorized", "trigger", "lower", "share", SHARE, "fbmem", "VM, FM or BM."),
+    "fbmem.vm": Told("fbmem_vm", "trigger", "lower", "share", SHARE, "fbmem", "Verbatim."),
+    "fbmem.fm": Told("fbmem_fm", "trigger", "lower", "share", SHARE, "fbmem", "Foreground."),
+    "fbmem.bm": Told("fbmem_bm", "trigger", "lower", "share", SHARE, "fbmem", "Background."),
     "copy_mini.rate": Told(
-        "copy_mini_rate",
+        "copy_mini_copy",
         "trigger",
         "lower",
         "share",
         SHARE,
-        "made-copy",
+        "copy-mini",
         "Images nearer than the threshold.",
         "copy-mini",
     ),
     "copy_mini.similarity": Told(
-        "copy_mini_similarity", "trigger", "lower", "cosine", (-1, 1), "made-copy", "Mean."
+        "copy_mini_similarity", "trigger", "lower", "cosine", (-1, 1), "copy-mini", "Mean."
     ),
-    "acc_g": Told("acc_g", "concept", "lower", "share", SHARE, "made-vqa", "Characters named.", "vqa-mini"),
+    "acc_g": Told("acc_g", "concept", "lower", "share", SHARE, "vqa-mini", "Characters named.", "vqa-mini"),
     "clip_mini.score": Told(
-        "clip_mini_score", "neutral", "higher", "cosine", (-1, 1), "made-clip", "Text and image.", "clip-mini"
+        "clip_mini_score", "neutral", "higher", "cosine", (-1, 1), "clip-mini", "Text and image.", "clip-mini"
     ),
     "fidelity_mini.attributes": Told(
         "fidelity_mini_attributes",
@@ -360,35 +354,10 @@ SCORES: dict[str, Told] = {
         "higher",
         "share",
         SHARE,
-        "made-fidelity",
+        "fidelity-mini",
         "Asked attributes found.",
     ),
 }
-
-
-def _metric(name: str) -> None:
-    """Register the made metric of that name, which knows its scores and measures nothing."""
-    own = tuple(
-        Score(n, t.column, t.direction, t.unit, t.bounds or (0, math.inf), frozenset({Role(t.role)}))  # type: ignore[arg-type]
-        for n, t in SCORES.items()
-        if t.metric == name
-    )
-
-    class MadeMetric(Metric):
-        summary = "Made for tests."
-        scores = own
-
-        def measure(self, shard: Shard) -> dict[str, Any]:
-            raise NotImplementedError
-
-    MadeMetric.name = name
-    MadeMetric.__qualname__ = f"Made[{name}]"
-    METRICS.register(MadeMetric)
-
-
-for _name in sorted({t.metric for t in SCORES.values()}):
-    if _name not in METRICS:
-        _metric(_name)
 
 
 def row(

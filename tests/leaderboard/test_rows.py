@@ -63,6 +63,14 @@ def test_frame_has_one_line_a_row_and_missing_is_not_zero(runs: Path) -> None:
     assert frame.loc["mini-sd", "blank", "default"].isna()["acc_g"], "does not apply"
 
 
+def test_frame_keeps_the_columns_of_a_score_together(runs: Path) -> None:
+    names = list(rows_frame([e.row for e in scan(runs).entries]).columns)
+    at = names.index("fbmem.memorized")
+    suffixes = ("low", "high", "n", "difference", "difference_low", "difference_high", "p")
+    assert names[at + 1 : at + 8] == [f"fbmem.memorized.{s}" for s in suffixes]
+    assert names[0] == "suite" and names[-1].startswith("cost.")
+
+
 def test_frame_of_no_rows_is_empty() -> None:
     assert rows_frame([]).empty
 

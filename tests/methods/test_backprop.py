@@ -39,21 +39,22 @@ def masks_of(chain, init=1.0):
     return MaskParameters(sites, init, torch.device("cpu"), torch.float64)
 
 
-def gradients(chain, recompute, seed=5):
+def gradients(chain, recompute, seed=5, images=None):
     masks = masks_of(chain)
-    gates = NoisyGates(chain.denoiser, masks, Gate(), seed)
+    gates = NoisyGates(chain.denoiser, masks, Gate(), seed, images)
     loss = backward_through_chain(chain, chain.start, gates, chain.loss, recompute=recompute)
     return loss, {k: m.grad for k, m in masks.by_kind.items()}
 
 
-def test_gradients_are_those_of_the_whole_graph():
+@pytest.mark.parametrize("images", [None, 2])
+def test_gradients_are_those_of_the_whole_graph(images):
     """Attention heads included; also equal to autograd on a loop written out here."""
     chain = PlainChain(3)
-    loss, by_steps = gradients(chain, recompute=True)
-    whole_loss, at_once = gradients(chain, recompute=False)
+    loss, by_steps = gradients(chain, recompute=True, images=images)
+    whole_loss, at_once = gradients(chain, recompute=False, images=images)
     assert float(loss) == pytest.approx(float(whole_loss), abs=1e-12)
     masks = masks_of(chain)
-    gates = NoisyGates(chain.denoiser, masks, Gate(), 5)
+    gates = NoisyGates(chain.denoiser, masks, Gate(), 5, images)
     latents = chain.start
     for index in range(chain.steps):
         with gates(index):

@@ -62,6 +62,19 @@ def test_sites_of_the_real_architectures():
     assert sizes["attn"] == [24] * 5
 
 
+def test_gates_of_each_image(any_tiny, random_masks):
+    """Gates ``[images, size]``: every image as with its own gates alone, also where images come twice."""
+    sites = find_sites(any_tiny.denoiser)
+    masks = [random_masks(any_tiny.denoiser, 0.5, seed=s) for s in (1, 2)]
+    alone = [masked(any_tiny, m)[i] for i, m in enumerate(masks)]
+    each = {name: torch.stack([m[name].double() for m in masks]) for name in masks[0]}
+    with gated(any_tiny.denoiser, sites, each):
+        assert differ(any_tiny.output(), torch.stack(alone)) < 1e-10
+    once = {name: value[:1] for name, value in each.items()}
+    with gated(any_tiny.denoiser, sites, once):
+        assert differ(any_tiny.output(), masked(any_tiny, masks[0])) < 1e-10
+
+
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_zeroed_and_smaller_equal_masked(any_tiny, random_masks, share):
     masks = random_masks(any_tiny.denoiser, share)
