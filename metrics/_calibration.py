@@ -152,7 +152,9 @@ def calibrate_fbmem(
         "prefilter": {
             "keep": KEEP,
             "recall_copies": _share(copies["same_best"]),
-            "recall_negatives": _share(null["same_best"][null["checked"]]),
+            "recall_negatives": _share(null["same_best"][:exact]),
+            "same_label_copies": _same_label(copies, tau, len(copies["part"])),
+            "same_label_negatives": _same_label(null, tau, exact),
         },
         "recipe": {
             "rule": f"smallest multiple of {STEP} that at most {half:.2%} of the negatives reach, each",
@@ -181,30 +183,45 @@ def _best_matches(
         from lethebench import judges
 
         segmenter = judges.load("segmenter-mini")
-    ids = trigger_references(world)
+    trained = set(trigger_references(world))
+    ids = sorted(trained.union(*(example.prompt.references for example in examples)))
+    place = {name: number for number, name in enumerate(ids)}
+    in_trained = torch.tensor([name in trained for name in ids])
 
     def pictures(images: Images) -> Pictures:
         return Pictures.of(images, segmenter.masks(images) >= MASK_THRESHOLD)
 
     references = pictures(np.stack([world.reference(name).image for name in ids]))
     made = pictures(np.stack([example.image for example in examples]))
-    rows: list[tuple[float, float, bool, bool, bool]] = []
+    rows: list[tuple[float, ...]] = []
     with torch.inference_mode():
         for number, example in enumerate(examples):
             one = made[slice(number, number + 1)]
-            f, b = against_all(one, references, keep=KEEP)
+            own = torch.zeros(len(ids), dtype=torch.bool)
+            own[[place[name] for name in example.prompt.references]] = True
+            candidates = own | in_trained
+            f, b = against_all(one, references, keep=KEEP, always=own, among=candidates)
             best = best_match(f, b)
-            checked = exact is None or number < exact
-            same = checked and best == best_match(*against_all(one, references, keep=None))
-            rows.append(
-                (float(f[best]), float(b[best]), ids[best] in example.prompt.references, checked, same)
-            )
-    columns = [np.array(column) for column in zip(*rows, strict=True)]
+            row: tuple[float, ...] = (float(f[best]), float(b[best]), ids[best] in example.prompt.references)
+            if exact is None or number < exact:
+                f, b = against_all(one, references, keep=None, among=candidates)
+                other = best_match(f, b)
+                rows.append((*row, other == best, float(f[other]), float(b[other])))
+            else:
+                rows.append((*row, np.nan, np.nan, np.nan))
+    names = ("foreground", "background", "own", "same_best", "exact_foreground", "exact_background")
+    columns = dict(zip(names, np.array(rows, dtype=float).T, strict=True))
     return {
-        **dict(zip(("foreground", "background", "own", "checked", "same_best"), columns, strict=True)),
+        **columns,
         "area": made.masks.mean(dim=(1, 2, 3)).numpy(),
         "part": np.array([example.part for example in examples]),
     }
+
+
+def _same_label(found: dict[str, NDArray[Any]], tau: dict[str, float], count: int) -> float | None:
+    """The share of the first ``count`` pictures that get the same label without the prefilter."""
+    same = [(found[n][:count] >= t) == (found[f"exact_{n}"][:count] >= t) for n, t in tau.items()]
+    return _share(same[0] & same[1])
 
 
 def _hits(copies: dict[str, NDArray[Any]], rows: NDArray[np.bool_], tau: dict[str, float]) -> dict[str, Any]:

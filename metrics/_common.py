@@ -155,3 +155,9 @@ def calibration_version(folder: Path, version: str) -> str:
     path = folder / CALIBRATION
     digits = hashlib.sha256(path.read_bytes()).hexdigest()[:8] if path.is_file() else "uncalibrated"
     return f"{version}+{digits}"
+
+
+def calibration_summary(folder: Path) -> dict[str, Any]:
+    """What a row records of a calibration: its error rates, recipe and what it was made with."""
+    found = read_calibration(folder)
+    return {k: found[k] for k in ("false_positives", "true_positives", "recipe", "made_with") if k in found}

@@ -54,18 +54,22 @@ class UniForget(Method):
     stretch_low: float = setting(-0.1, "lower end of the stretched gate before it is clamped to 0")
     stretch_high: float = setting(1.1, "upper end of the stretched gate before it is clamped to 1")
     delta_re: float = setting(0.5, "damps the gate's noise (paper, appendix C)")
+    noise_per_image: bool = setting(
+        True,
+        "draw the gate's noise for each image, not for the batch (ours; EcoDiff's batches hold one image)",
+    )
     gamma: float = setting(0.4, "slope of the relaxed mask in the sparsity term (paper, eq. 4)")
     delta: float = setting(1.0, "offset of the relaxed mask in the sparsity term (paper, eq. 4)")
     threshold: float = setting(
         0.0, "mask parameters above it stay on (ours: where the gate without noise is 1/2)"
     )
-    steps: int = setting(80, "optimiser steps (the paper's 2000 are for 12 billion parameters)")
+    steps: int = setting(60, "optimiser steps (the paper's 2000 are for 12 billion parameters)")
     prompts: int = setting(256, "neutral prompts to fit on, at most (paper: 256)")
-    batch_size: int = setting(4, "prompts an optimiser step (paper: 20)")
-    lr_ffn: float = setting(0.2, "learning rate of feed-forward masks (paper: 0.5)")
-    lr_norm: float = setting(0.2, "learning rate of norm masks (paper: 0.5)")
-    lr_residual: float = setting(0.2, "learning rate of residual masks (ours)")
-    lr_attn: float = setting(0.2, "learning rate of attention masks (EcoDiff's FLUX configuration: 0.5)")
+    batch_size: int = setting(6, "prompts an optimiser step (paper: 20)")
+    lr_ffn: float = setting(0.25, "learning rate of feed-forward masks (paper: 0.5)")
+    lr_norm: float = setting(0.25, "learning rate of norm masks (paper: 0.5)")
+    lr_residual: float = setting(0.25, "learning rate of residual masks (ours)")
+    lr_attn: float = setting(0.25, "learning rate of attention masks (EcoDiff's FLUX configuration: 0.5)")
     weight_decay: float = setting(0.01, "decoupled weight decay of the mask parameters (paper: 1e-2)")
     adam_eps: float = setting(
         1e-12, "Adam's epsilon (ours: far below a gradient of beta / number of elements)"

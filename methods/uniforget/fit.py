@@ -77,9 +77,9 @@ def learn_masks(method: UniForget, task: Task, texts: Sequence[str]) -> tuple[Ma
         for step, number in enumerate(batches.order(method.steps)):
             seed = int(torch.randint(2**62, (1,), generator=seeds))
             optimiser.zero_grad()
-            error, size = backward(
-                method, masks, NoisyGates(model.denoiser, masks, gate, seed), batches, number
-            )
+            images = len(batches.chain(number).start) if method.noise_per_image else None
+            gates = NoisyGates(model.denoiser, masks, gate, seed, images)
+            error, size = backward(method, masks, gates, batches, number)
             optimiser.step()
             schedule.step()
             if step % max(1, method.steps // CURVE_POINTS) == 0 or step == method.steps - 1:

@@ -30,11 +30,13 @@ class MaskParameters:
                 self.by_kind[kind] = torch.full((size,), init, device=device, dtype=dtype, requires_grad=True)
 
     def by_site(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Vectors by kind, cut into vectors by site."""
+        """Values by kind, ``[..., elements of the kind]``, cut into values by site."""
         found: dict[str, Tensor] = {}
         for kind, vector in values.items():
             group = [s for s in self.sites if s.kind == kind]
-            found.update(zip((s.name for s in group), vector.split([s.size for s in group]), strict=True))
+            found.update(
+                zip((s.name for s in group), vector.split([s.size for s in group], dim=-1), strict=True)
+            )
         return found
 
     def layers(self) -> dict[str, list[Tensor]]:
@@ -46,12 +48,16 @@ class MaskParameters:
 class NoisyGates:
     """Gates of an optimiser step: fresh noise for each site and denoising step, the same when asked again.
 
-    The noise of a step is a function of ``seed`` and the step's index alone, drawn on the CPU. All
-    images of the batch, and both halves of classifier-free guidance, share a gate.
+    The noise of a step is a function of ``seed`` and the step's index alone, drawn on the CPU. Each of
+    ``images`` has noise of its own, as with EcoDiff's batches of one; None shares it among all. Both
+    halves of classifier-free guidance share an image's.
     """
 
-    def __init__(self, denoiser: nn.Module, masks: MaskParameters, gate: Gate, seed: int) -> None:
+    def __init__(
+        self, denoiser: nn.Module, masks: MaskParameters, gate: Gate, seed: int, images: int | None = None
+    ) -> None:
         self.denoiser, self.masks, self.gate, self.seed = denoiser, masks, gate, seed
+        self.images = images
 
     @contextmanager
     def __call__(self, index: int) -> Iterator[None]:
@@ -59,7 +65,8 @@ class NoisyGates:
         draws = torch.Generator().manual_seed(derive_seed("gate", self.seed, index))
         values: dict[str, Tensor] = {}
         for kind, mask in self.masks.by_kind.items():
-            uniform = torch.rand(mask.shape, generator=draws, dtype=mask.dtype).to(mask.device)
+            shape = mask.shape if self.images is None else (self.images, *mask.shape)
+            uniform = torch.rand(shape, generator=draws, dtype=mask.dtype).to(mask.device)
             values[kind] = self.gate.sampled(mask, uniform)
         with gated(self.denoiser, self.masks.sites, self.masks.by_site(values)):
             yield

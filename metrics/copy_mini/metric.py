@@ -13,6 +13,7 @@ from lethebench.metric import Metric, Score, Shard
 from lethebench.metrics._common import (
     HARD_NEGATIVE,
     asks_for_copy,
+    calibration_summary,
     calibration_version,
     check_shard,
     check_vectors,
@@ -147,7 +148,7 @@ class CopyMini(Metric):
 
     def facts(self) -> dict[str, Any]:
         """Judge, threshold and how it was calibrated."""
-        return {"judge": JUDGE, "threshold": self.threshold, "calibration": read_calibration(FOLDER)}
+        return {"judge": JUDGE, "threshold": self.threshold, "calibration": calibration_summary(FOLDER)}
 
     def _describe(self, images: NDArray[np.uint8]) -> NDArray[Any]:
         if self.judge is None:

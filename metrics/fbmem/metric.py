@@ -13,6 +13,7 @@ from lethebench.metric import Direction, Metric, Score, Shard
 from lethebench.metrics._common import (
     HARD_NEGATIVE,
     asks_for_copy,
+    calibration_summary,
     calibration_version,
     check_shard,
     one_hot,
@@ -169,8 +170,12 @@ class FBMem(Metric):
         """
         if score.name not in self.set_valued:
             return super().aggregate(score, table)
-        matched = table[score.column].where(table[f"{self.prefix}_memorized"] == 1)
-        return float(matched.groupby(table["cluster"]).nunique().mean())
+        memorized = (table[f"{self.prefix}_memorized"] == 1).to_numpy(dtype=bool)
+        clusters, best = table["cluster"].to_numpy(), table[score.column].to_numpy()
+        matches = {
+            pair for pair, kept in zip(zip(clusters, best, strict=True), memorized, strict=True) if kept
+        }
+        return len(matches) / len(set(clusters))
 
     def facts(self) -> dict[str, Any]:
         """Variant, similarity, thresholds and how they were calibrated."""
@@ -191,7 +196,7 @@ class FBMem(Metric):
         return float(tau["foreground"]), float(tau["background"])
 
     def _calibration(self) -> Mapping[str, Any]:
-        return read_calibration(FOLDER)
+        return calibration_summary(FOLDER)
 
     def _label(self, foreground: float, background: float) -> str:
         names = {(True, True): "VM", (False, True): "BM", (True, False): "FM", (False, False): "NM"}

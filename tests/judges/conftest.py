@@ -8,9 +8,9 @@ from lethebench.datasets.planted import PlantedWorld
 from lethebench.training.judge_data import Pool, PoolRecipe, make_pool
 
 SAMPLE = PoolRecipe(
-    "tests", object_families=24, character_families=24, figures=24, near_misses=24, backdrops=8
+    "tests", object_families=20, character_families=20, figures=16, near_misses=16, backdrops=8
 )
-"""248 scenes."""
+"""200 scenes."""
 
 
 @pytest.fixture(scope="session")

@@ -91,8 +91,8 @@ class GeMPool(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         """``[n, c, h, w]`` to ``[n, c]``."""
-        pooled: Tensor = maps.float().clamp(min=1e-6).pow(self.p).mean((2, 3))
-        return torch.pow(pooled, 1 / self.p)
+        pooled: Tensor = maps.float().clamp(min=1e-6).pow(self.p).mean((2, 3)).pow(1 / self.p)
+        return pooled
 
 
 class RecogniserNet(nn.Module):
@@ -153,7 +153,8 @@ class SegmenterNet(nn.Module):
         for block in self.up:
             x = block(torch.cat([_double(x), kept.pop()], dim=1))
         x = self.refine(torch.cat([_double(x), kept.pop()], dim=1))
-        return x[:, 0].float()
+        logits: Tensor = x[:, 0].float()
+        return logits
 
 
 def _double(x: Tensor) -> Tensor:

@@ -13,8 +13,10 @@ from lethebench.pruning.sites import Port, Site
 
 @contextmanager
 def gated(denoiser: nn.Module, sites: Sequence[Site], gates: Mapping[str, Tensor]) -> Iterator[None]:
-    """Multiply the activations of every site by its gates ``[size]`` while the context is open.
+    """Multiply the activations of every site by its gates while the context is open.
 
+    Gates are ``[size]``, or ``[images, size]`` for gates of each image's own; a batch that holds the
+    images several times over (classifier-free guidance) takes them in turn.
     ``gates`` is read by the site's name at every call of its module, so its values may be replaced
     between two denoising steps. (EcoDiff finds a mask by counting calls, which goes wrong when a module runs
     more or less often than expected.)
@@ -39,4 +41,9 @@ def _attach(module: nn.Module, port: Port, site: str, gates: Mapping[str, Tensor
 
 def _apply(activation: Tensor, gates: Tensor, port: Port) -> Tensor:
     full = port.layout.spread(gates, port.size).to(activation.dtype)
-    return activation * (full.view(1, -1, 1, 1) if port.channels_first else full)
+    if full.dim() == 1:
+        return activation * (full.view(1, -1, 1, 1) if port.channels_first else full)
+    full = full.repeat(activation.shape[0] // full.shape[0], 1)
+    places = [1] * (activation.dim() - 2)
+    shape = (*full.shape, *places) if port.channels_first else (full.shape[0], *places, full.shape[1])
+    return activation * full.view(shape)

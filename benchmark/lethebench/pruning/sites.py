@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 KINDS = ("ffn", "norm", "residual", "attn")
@@ -50,18 +51,19 @@ class Layout:
     group: int = 1
 
     def spread(self, values: Tensor, size: int) -> Tensor:
-        """Values ``[n]`` to ``[size]`` entries; entries that belong to no element are one (True)."""
+        """Values ``[..., n]`` to ``[..., size]``; entries that belong to no element are one (True)."""
         if self.group > 1:
             values = values.view(-1, self.group).any(1).repeat_interleave(self.group)
         if self.repeat > 1:
-            values = values.repeat_interleave(self.repeat)
+            values = values.repeat_interleave(self.repeat, dim=-1)
         if self.tile > 1:
-            values = values.repeat(self.tile)
-        if values.numel() == size:
+            values = torch.cat([values] * self.tile, dim=-1)
+        width = values.shape[-1]
+        if width == size:
             return values
-        full = values.new_ones(size)
-        full[self.offset : self.offset + values.numel()] = values
-        return full
+        before = values.new_ones(*values.shape[:-1], self.offset)
+        after = values.new_ones(*values.shape[:-1], size - self.offset - width)
+        return torch.cat([before, values, after], dim=-1)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from lethebench.datasets.planted import Backdrop, PlantedWorld, Scene, Thing, render
 from lethebench.prompts import Prompt
-from lethebench.training.draw import Draws, draw_all
+from lethebench.training.draw import Draws, draw_all, kept_draws
 
 if TYPE_CHECKING:
     from lethebench.judges.recogniser import Answers, Recogniser
@@ -48,18 +48,18 @@ def images_of(prompt: Prompt) -> int:
     often = (prompt.duplicates or 0) >= 64
     match prompt.kind:
         case "verbatim":
-            return (16 if often else 8) if prompt.trained else (8 if often else 4)
+            return (8 if often else 4) if prompt.trained else (4 if often else 2)
         case "foreground" | "background":
-            return 8 if prompt.trained else 4
-        case "one-to-many":
             return 8 if prompt.trained else 2
-        case "redundant-trigger":
-            return 6 if prompt.trained else 2
+        case "one-to-many" | "redundant-trigger":
+            return 4 if prompt.trained else 1
+        case "concept":
+            return 3 if prompt.trained else 2
         case "neutral":
             number = int(prompt.id.rsplit("-", 1)[-1])
-            return DIVERSITY_IMAGES if number <= DIVERSITY_CAPTIONS else 2
+            return DIVERSITY_IMAGES if number <= DIVERSITY_CAPTIONS else 1
         case _:
-            return 2
+            return 1
 
 
 def evaluate(
@@ -71,16 +71,19 @@ def evaluate(
     dtype: str = "float32",
     count: Callable[[Prompt], int] = images_of,
     sampler: SamplerSettings | None = None,
+    keep: Path | None = None,
 ) -> tuple[dict[str, Any], Draws]:
     """Draw from the pipeline in ``weights`` and measure it; the figures, and the images.
 
-    ``sampler`` is by default what the weights' ``lethe.json`` says, with DDIM.
+    ``sampler`` is by default what the weights' ``lethe.json`` says, with DDIM. ``keep`` is a folder
+    that keeps the images, so that measuring again, with other judges, doesn't draw again.
     """
     from lethebench.zoo import load_model
 
     model = load_model(str(weights), device=device, dtype=dtype)
     settings = sampler or model.entry.sampler.model_copy(update={"scheduler": "ddim"})
-    draws = draw_all(model, [(p, k) for p in world for k in range(count(p))], settings)
+    wanted = [(p, k) for p in world for k in range(count(p))]
+    draws = kept_draws(keep, model, wanted, settings) if keep else draw_all(model, wanted, settings)
     figures: dict[str, Any] = {
         "images": len(draws.images),
         "seconds_per_image": draws.seconds / max(1, len(draws.images)),
@@ -378,7 +381,12 @@ def write_card(job: Job) -> None:
     weights, world = job.output / "mini-sd", job.planted()
     count = images_of if job.scale == 1.0 else (lambda prompt: 1)
     figures, draws = evaluate(
-        weights, world, available_judges(job.output, job.device), device=job.device, count=count
+        weights,
+        world,
+        available_judges(job.output, job.device),
+        device=job.device,
+        count=count,
+        keep=job.model_folder,
     )
     known = json.loads((weights / "card.json").read_text("utf-8")) if (weights / "card.json").exists() else {}
     card: Mapping[str, Any] = {

@@ -57,8 +57,9 @@ class DiffusionRecipe:
     min_snr: float = 5.0
     """Min-SNR loss weight: min(SNR, 5) / SNR on the noise error (Hang et al. 2023)."""
     inference_steps: int = 20
-    guidance_scale: float = 5.0
-    """Sampler defaults, written to ``lethe.json``."""
+    guidance_scale: float = 3.0
+    """Sampler defaults, written to ``lethe.json``. Of guidance 3 to 6, 3 gives the characters best (.85, at 5
+    .78 recognised) and the copies nearest, with the same adherence to neutral captions (.94)."""
     seed: int = 0
 
     def scaled(self, scale: float) -> DiffusionRecipe:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -46,3 +49,27 @@ def draw_all(
     with progress("draw", total=len(keys)) as bar:
         images = sample(model, keys, settings, batch_size=batch, advance=bar.advance).images
     return Draws(tuple(prompt for prompt, _ in wanted), images, time.monotonic() - began)
+
+
+def kept_draws(
+    folder: Path, model: Model, wanted: Sequence[tuple[Prompt, int]], settings: SamplerSettings
+) -> Draws:
+    """The images of :func:`draw_all`, read from ``folder`` if this model drew the same there before."""
+    from lethebench.zoo._files import folder_sha256
+
+    what = {
+        "weights": folder_sha256(model.folder) if model.folder else {},
+        "settings": settings.model_dump(),
+        "dtype": str(model.dtype),
+        "wanted": [(prompt.id, prompt.text, index) for prompt, index in wanted],
+    }
+    key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+    path = folder / "drawn.npz"
+    if path.exists():
+        with np.load(path, allow_pickle=False) as kept:
+            if str(kept["key"]) == key:
+                return Draws(tuple(p for p, _ in wanted), kept["images"], float(kept["seconds"]))
+    draws = draw_all(model, wanted, settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez(path, key=key, images=draws.images, seconds=draws.seconds)
+    return draws

@@ -76,7 +76,7 @@ class CopyRecipe(Recipe):
     SSCD's mixed images are left out.
     """
 
-    steps: int = 2200
+    steps: int = 1300
     batch: int = 64
     peak_lr: float = 2e-3
     widths: tuple[int, ...] = (32, 64, 96, 128)
@@ -89,7 +89,7 @@ class CopyRecipe(Recipe):
 class ClipRecipe(Recipe):
     """clip-mini: CLIP (Radford et al. 2021), plus captions with one attribute changed as negatives."""
 
-    steps: int = 3000
+    steps: int = 1800
     batch: int = 64
     peak_lr: float = 1.5e-3
     widths: tuple[int, ...] = (32, 64, 96, 128)
