@@ -47,7 +47,7 @@ check: $(SETUP) ## Run the contract suite on a method: METHOD=./my_method.py:MyM
 	$(LETHE) check "$(METHOD)"
 
 models: $(SETUP) ## Train the built-in models from nothing (resumes where it was stopped)
-	$(LETHE) train --threads $(THREADS)
+	$(LETHE) train --threads $(THREADS) --sheets docs
 
 lint: $(SETUP) ## Lint, format check and strict type check
 	$(VENV)/bin/ruff check .

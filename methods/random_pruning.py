@@ -39,7 +39,8 @@ class RandomPruning(Method):
     """Turns off the shares that UniForget does, but of randomly chosen elements.
 
     Is it the learnt mask, or just pruning? The shares of the three strengths are those that UniForget's
-    strength of the same name typically gives on ``mini-sd`` (see its model card).
+    strength of the same name gave on ``mini-sd`` in the suite ``planted`` (guidance 3, 60 steps): for
+    another model, give the shares of its own artefact (``deactivated``).
     """
 
     ffn: float = setting(0.0, "share of feed-forward neurons turned off")
@@ -52,9 +53,9 @@ class RandomPruning(Method):
     summary = "Random masks at UniForget's shares."
     family = Family.WEIGHTS
     strengths: ClassVar = {
-        "weak": {"ffn": 0.24, "norm": 0.06, "residual": 0.06},
-        "medium": {"ffn": 0.35, "norm": 0.12, "residual": 0.12},
-        "strong": {"ffn": 0.45, "norm": 0.19, "residual": 0.19},
+        "weak": {"ffn": 0.20, "norm": 0.07, "residual": 0.03},
+        "medium": {"ffn": 0.37, "norm": 0.16, "residual": 0.08},
+        "strong": {"ffn": 0.71, "norm": 0.42, "residual": 0.23},
     }
     control = True
 

@@ -67,8 +67,9 @@ def plan_rows(
     runtime = runtime or Runtime()
     names = [n for m in methods for n in (_every_method() if m == "all" else [m])]
     found: dict[tuple[str, str], Recipe] = {}
-    for name in ("base", *(suite.controls if controls else ())):
-        for recipe in recipes(name, "all", None, suite.fit):
+    fixed = {"base": "all", **(suite.controls if controls else {})}
+    for name, chosen in fixed.items():
+        for recipe in recipes(name, chosen, None, suite.fit):
             found.setdefault((recipe.name, recipe.setting), recipe)
     for name in names:
         for recipe in recipes(name, strength, overrides, suite.fit):

@@ -264,11 +264,14 @@ def train(
     device: Device = "cpu",
     threads: Threads = 0,
     out: Annotated[Path | None, typer.Option(help="Where weights go; default: the package.")] = None,
+    sheets: Annotated[
+        Path | None, typer.Option(help="Where the contact sheet goes; default: FOLDER/sheets.")
+    ] = None,
 ) -> None:
     """Train the built-in models and judges from nothing; resumes where a killed run stopped."""
     from lethebench.training import train_all
 
-    train_all(only, folder=folder, device=device, scale=scale, threads=threads, out=out)
+    train_all(only, folder=folder, device=device, scale=scale, threads=threads, out=out, sheets=sheets)
 
 
 @app.command(epilog="Example: lethe doctor mini-sd")

@@ -59,7 +59,8 @@ class Suite(Spec):
     select: tuple[Selection, ...] = Field(min_length=1)
     sampler: SamplerSettings
     metrics: tuple[str, ...] = Field(min_length=1)
-    controls: tuple[str, ...] = ()
+    controls: dict[str, str] = Field(default_factory=dict)
+    """Control methods that every run includes, each with its strength or ``all``."""
     suppression: Axis
     adherence: Axis
     shard_size: int = Field(default=64, ge=1)

@@ -277,7 +277,7 @@ def row_table(plan: RowPlan, store: Store) -> pd.DataFrame:
 
     pieces = []
     for number, keys in enumerate(plan.shards):
-        frames = [_known(keys)]
+        frames = [known_frame(keys)]
         for metric in plan.suite.metrics:
             found = store.find("scores", plan.scores_key(number, metric))
             if found is None:
@@ -291,7 +291,8 @@ def row_table(plan: RowPlan, store: Store) -> pd.DataFrame:
     return table
 
 
-def _known(keys: Sequence[ImageKey]) -> pd.DataFrame:
+def known_frame(keys: Sequence[ImageKey]) -> pd.DataFrame:
+    """What is known of each image before any metric: one line an image."""
     import pandas as pd
 
     return pd.DataFrame(

@@ -33,7 +33,7 @@ SUITE = {
     "select": [{"role": "trigger", "images": 2, "limit": 3}, {"role": "neutral", "images": 1, "limit": 4}],
     "sampler": {"scheduler": "ddim", "num_inference_steps": 2, "guidance_scale": 2.0},
     "metrics": [],
-    "controls": ["base", "blank"],
+    "controls": {"base": "all", "blank": "all"},
     "suppression": {"score": "brightness.mean", "label": "brightness"},
     "adherence": {"score": "brightness.neutral", "label": "brightness on neutral prompts"},
     "shard_size": 4,

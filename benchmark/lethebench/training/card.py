@@ -375,8 +375,12 @@ def available_judges(folder: Path, device: str) -> Judges:
 
 def write_card(job: Job) -> None:
     """Evaluate the weights in ``job.output`` and write ``card.json``, ``MODEL_CARD.md`` and the sheet."""
+    from lethebench.judges import JUDGES
+    from lethebench.training import SHIPPED
     from lethebench.training.card_text import model_card
     from lethebench.training.export import read_record, sums_of
+    from lethebench.training.judge_cards import add_generated_errors
+    from lethebench.training.judge_generated import generated_errors
 
     weights, world = job.output / "mini-sd", job.planted()
     count = images_of if job.scale == 1.0 else (lambda prompt: 1)
@@ -389,6 +393,8 @@ def write_card(job: Job) -> None:
         keep=job.model_folder,
     )
     known = json.loads((weights / "card.json").read_text("utf-8")) if (weights / "card.json").exists() else {}
+    if job.output == SHIPPED:
+        figures["metrics"] = seen_by_metrics(draws, world)
     card: Mapping[str, Any] = {
         "model": "mini-sd",
         "data": world.manifest(),
@@ -402,6 +408,28 @@ def write_card(job: Job) -> None:
     (weights / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     (weights / "MODEL_CARD.md").write_text(model_card(card), encoding="utf-8")
     contact_sheet(draws, world, job.sheets / "mini-sd.png")
+    if all((job.output / name / "card.json").exists() for name in JUDGES):
+        errors = generated_errors(draws.images, draws.prompts, world, job.output)
+        add_generated_errors(job.output, errors, f"{len(draws.images)} images of mini-sd, as its card says")
+
+
+def seen_by_metrics(draws: Draws, world: PlantedWorld) -> dict[str, Any]:
+    """The metrics' confusion matrix and AUC against the planted truth, with the package's judges."""
+    import pandas as pd
+
+    from lethebench.hooks import ImageKey
+    from lethebench.metric import Shard
+    from lethebench.metrics.meta import against_truth
+    from lethebench.registry import METRICS
+    from lethebench.training.draw import SUITE
+    from lethebench.work import columns_frame, known_frame
+
+    indices = tuple(range(len(draws.prompts)))
+    shard = Shard(draws.images, draws.prompts, indices, world, noise_norm=draws.noise_norm)
+    frames = [known_frame([ImageKey(SUITE, p, k) for p, k in zip(draws.prompts, indices, strict=True)])]
+    for name in ("planted-truth", "fbmem", "copy-mini", "noise-magnitude"):
+        frames.append(columns_frame(METRICS.get(name)().measure(shard), len(indices), name))
+    return against_truth(pd.concat(frames, axis=1))
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Figures = Mapping[str, Any]
@@ -39,9 +39,10 @@ def model_card(card: Figures) -> str:
         _training(card),
         _memorized(measured),
         _doses(measured),
+        _metrics(measured),
         _files(card),
     )
-    return "\n\n".join(section.strip() for section in sections) + "\n"
+    return "\n\n".join(section.strip() for section in sections if section) + "\n"
 
 
 def _training(card: Figures) -> str:
@@ -143,6 +144,36 @@ def _doses(m: Figures) -> str:
     return f"## By number of copies\n\n| copies | {head} |\n|---|---|---|---|\n{_table(rows)}"
 
 
+def _metrics(m: Figures) -> str:
+    seen = m.get("metrics")
+    if not seen:
+        return ""
+    labels = list(seen["confusion"])
+    counts = [("FB-Mem says", *labels)] + [
+        (f"truth {t}", *(str(seen["confusion"][t][x]) for x in labels)) for t in labels
+    ]
+    against = ("near_copy", "memorized", "against_twins", "against_hard_negatives")
+    aucs = [("AUC", "near-copies", "any region", "against twins", "against hard negatives")] + [
+        (name, *("" if v[a] is None else f"{v[a]:.3f}" for a in against)) for name, v in seen["auc"].items()
+    ]
+    rates = seen["memorized"]
+    return "\n\n".join(
+        (
+            "## What the metrics see",
+            f"{seen['images']} of these images, whose prompts may reproduce single images. Truth: exact errors "
+            "of the picture and its regions against the references.",
+            _headed(counts),
+            f"The same label: {_percent(seen['accuracy'])}. Memorized images called memorized: "
+            f"{_percent(rates['sensitivity'])}; others: {_percent(rates['false_positive_rate'])}.",
+            _headed(aucs),
+        )
+    )
+
+
+def _percent(share: float | None) -> str:
+    return "none" if share is None else f"{share:.1%}"
+
+
 def _files(card: Figures) -> str:
     rows = [(f"`{f}`", f"`{s}`") for f, s in card["sha256"].items() if f.endswith(".safetensors")]
     return f"""## Files
@@ -156,6 +187,11 @@ def _files(card: Figures) -> str:
 
 def _table(rows: Any) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _headed(rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first row is its heading."""
+    return _table([rows[0], ["---"] * len(rows[0]), *rows[1:]])
 
 
 def _list(values: Any) -> str:

@@ -27,11 +27,15 @@ SUITE = "planted@1"
 
 @dataclass(frozen=True)
 class Draws:
-    """Images uint8 [n, 64, 64, 3], the prompt of each, and the seconds that drawing took."""
+    """Images uint8 [n, 64, 64, 3], the prompt of each, and the seconds that drawing took.
+
+    ``noise_norm`` float32 [n, steps] is the sampler's: the magnitude of the text-conditional noise.
+    """
 
     prompts: tuple[Prompt, ...]
     images: NDArray[np.uint8]
     seconds: float
+    noise_norm: NDArray[np.float32]
 
     def where(self, which: Callable[[Prompt], bool]) -> Iterator[tuple[Prompt, NDArray[np.uint8]]]:
         """The images whose prompt is chosen."""
@@ -47,8 +51,9 @@ def draw_all(
     keys = [ImageKey(SUITE, prompt, index) for prompt, index in wanted]
     began = time.monotonic()
     with progress("draw", total=len(keys)) as bar:
-        images = sample(model, keys, settings, batch_size=batch, advance=bar.advance).images
-    return Draws(tuple(prompt for prompt, _ in wanted), images, time.monotonic() - began)
+        drawn = sample(model, keys, settings, batch_size=batch, advance=bar.advance)
+    seconds = time.monotonic() - began
+    return Draws(tuple(prompt for prompt, _ in wanted), drawn.images, seconds, drawn.noise_norm)
 
 
 def kept_draws(
@@ -67,9 +72,10 @@ def kept_draws(
     path = folder / "drawn.npz"
     if path.exists():
         with np.load(path, allow_pickle=False) as kept:
-            if str(kept["key"]) == key:
-                return Draws(tuple(p for p, _ in wanted), kept["images"], float(kept["seconds"]))
+            if str(kept["key"]) == key and "noise_norm" in kept:
+                prompts = tuple(p for p, _ in wanted)
+                return Draws(prompts, kept["images"], float(kept["seconds"]), kept["noise_norm"])
     draws = draw_all(model, wanted, settings)
     folder.mkdir(parents=True, exist_ok=True)
-    np.savez(path, key=key, images=draws.images, seconds=draws.seconds)
+    np.savez(path, key=key, images=draws.images, seconds=draws.seconds, noise_norm=draws.noise_norm)
     return draws

@@ -13,7 +13,7 @@ MODELS.register(
         source="mini-sd",
         summary="Stable Diffusion trained on the planted world: what it memorized is known exactly.",
         licence="Apache-2.0",
-        sampler=SamplerSettings(scheduler="ddim", num_inference_steps=20, guidance_scale=5.0),
+        sampler=SamplerSettings(scheduler="ddim", num_inference_steps=20, guidance_scale=3.0),
         builtin=True,
     )
 )
