@@ -43,8 +43,8 @@ C1, C2 = 0.01**2, 0.03**2
 BETAS = (1 / 3, 1 / 3, 1 / 3)
 """NeMo's, rounded there to 0.33 each."""
 MIN_AREA = 0.03
-"""A foreground of less than this share of the area, or of more than 1 minus it, can't be compared by region
-(FB-Mem's adaptive rule; the constant is inferred from its code)."""
+"""A region of less than this share of the area can't be compared (FB-Mem's adaptive rule, see
+:func:`comparable`; the constant is inferred from its code)."""
 KEEP = 24
 """References that the prefilter keeps for a picture: half by foreground, half by background."""
 SMALL = 16
@@ -170,30 +170,35 @@ class Pictures:
         """The masks at :data:`SMALL` a side."""
         return F.adaptive_avg_pool2d(self.masks, SMALL)
 
-    @property
-    def uncomparable(self) -> Tensor:
-        """Whether the foreground is too small or too large to be compared by region, bool ``[n]``."""
-        area = self.masks.mean(dim=(1, 2, 3))
-        return (area < MIN_AREA) | (area > 1 - MIN_AREA)
 
+def comparable(masks: Tensor) -> Tensor:
+    """Whether foregrounds ``[n, 1, h, w]`` cover between 3 % and 97 % of the picture, bool ``[n]``.
 
-def regions(a: Tensor, b: Tensor, whole: Tensor) -> Tensor:
-    """Foreground and background regions of pairs, ``[2, n, 1, h, w]``.
-
-    ``a`` and ``b`` are foregrounds ``[n, 1, h, w]``. Where ``whole``, bool ``[n]``, says so, both are the
-    whole picture: FB-Mem's adaptive rule, here the same on either side.
+    FB-Mem's adaptive rule: where they don't, the whole pictures are compared in place of both regions. The
+    released code asks it of the generated picture alone. Here it is the same on either side: for
+    ``as-released`` both pictures' foregrounds must do, for ``masked`` their union, which is the region
+    (a picture that copied a background and lost its foreground is compared by region, and is BM).
     """
+    area = masks.mean(dim=(1, 2, 3))
+    return (area >= MIN_AREA) & (area <= 1 - MIN_AREA)
+
+
+def regions(a: Tensor, b: Tensor) -> Tensor:
+    """Foreground and background regions of pairs, ``[2, n, 1, h, w]``, from foregrounds ``[n, 1, h, w]``."""
     union = torch.maximum(a, b)
     rim = F.max_pool2d(union, 3, stride=1, padding=1)
     both = torch.stack([union, 1 - rim])
-    return torch.where(whole[None, :, None, None, None], 1.0, both)
+    return torch.where(comparable(union)[None, :, None, None, None], both, 1.0)
 
 
-def filled(pictures: Pictures, whole: Tensor) -> Tensor:
-    """The released code's pictures, ``[2, n, 3, h, w]``: background black, then foreground white."""
+def filled(pictures: Pictures, apart: Tensor) -> Tensor:
+    """The released code's pictures, ``[2, n, 3, h, w]``: background black, then foreground white.
+
+    Where ``apart``, bool ``[n]``, is False, both are the whole picture.
+    """
     x, mask = pictures.pixels, pictures.masks
     both = torch.stack([x * mask, x * (1 - mask) + mask])
-    return torch.where(whole[None, :, None, None, None], x, both)
+    return torch.where(apart[None, :, None, None, None], both, x)
 
 
 def pair_inputs(a: Pictures, b: Pictures, variant: Variant) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,11 +206,11 @@ def pair_inputs(a: Pictures, b: Pictures, variant: Variant) -> tuple[Tensor, Ten
 
     ``x`` and ``y`` ``[2 n, 3, h, w]``, weights ``[2 n, 1, h, w]``.
     """
-    whole = a.uncomparable | b.uncomparable
     if variant == "as-released":
-        x, y = filled(a, whole).flatten(0, 1), filled(b, whole).flatten(0, 1)
+        apart = comparable(a.masks) & comparable(b.masks)
+        x, y = filled(a, apart).flatten(0, 1), filled(b, apart).flatten(0, 1)
         return x, y, torch.ones_like(x[:, :1])
-    weight = regions(a.masks, b.masks, whole).flatten(0, 1)
+    weight = regions(a.masks, b.masks).flatten(0, 1)
     return a.pixels.repeat(2, 1, 1, 1), b.pixels.repeat(2, 1, 1, 1), weight
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isclose
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -118,8 +119,9 @@ class FBMem(Metric):
        mean of the two (the released code's rule).
     4. Label by the best match: VM where F and B both reach their thresholds, else BM, FM or NM.
 
-    Where either picture's foreground covers less than 3 % or more than 97 % of the area, F and B are both the
-    whole pictures' similarity (FB-Mem's adaptive rule; symmetric here, unlike in the released code).
+    Where the two foregrounds together cover less than 3 % or more than 97 % of the area, F and B are both the
+    whole pictures' similarity (FB-Mem's adaptive rule; symmetric here, unlike in the released code), and
+    both are held to the higher threshold: the image is VM or NM.
 
     Thresholds are calibrated on the planted world so that at most 0.5 % of pictures that show what a planted
     caption asks for, but were never memorized, are called memorized; ``calibration.json`` holds
@@ -201,6 +203,8 @@ class FBMem(Metric):
     def _label(self, foreground: float, background: float) -> str:
         names = {(True, True): "VM", (False, True): "BM", (True, False): "FM", (False, False): "NM"}
         of_foreground, of_background = self.thresholds
+        if isclose(foreground, background, abs_tol=1e-5):  # whole pictures were compared
+            of_foreground = of_background = max(self.thresholds)
         return names[foreground >= of_foreground, background >= of_background]
 
     def _matches(self, shard: Shard, at: Sequence[int]) -> list[tuple[str, float, float, float, float]]:

@@ -7,7 +7,7 @@ import torch
 from metric_fakes import TrueMasks, fresh, picture, scene_of, shard, small_world, trained
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as torch_ms_ssim
 
-from lethebench.datasets.planted import Picture
+from lethebench.datasets.planted import Picture, render_backdrop
 from lethebench.metric import Shard
 from lethebench.metrics.fbmem import FBMem, FBMemAsReleased
 from lethebench.metrics.fbmem import _functional as fn
@@ -156,10 +156,26 @@ def test_adaptive_rule_compares_whole_pictures_on_either_side() -> None:
     tiny = torch.zeros_like(a.masks)
     tiny[..., :8, :8] = 1
     whole = fn.ms_ssim(a.pixels, b.pixels)
-    for first, second in ((fn.Pictures(a.pixels, tiny), b), (a, fn.Pictures(b.pixels, 1 - tiny))):
-        for variant in ("masked", "as-released"):
+    small, large = fn.Pictures(a.pixels, tiny), fn.Pictures(b.pixels, 1 - tiny)
+    for first, second, variants in (
+        (small, b, ["as-released"]),
+        (a, large, ["as-released", "masked"]),
+        (small, fn.Pictures(b.pixels, tiny), ["as-released", "masked"]),
+    ):
+        for variant in variants:
             for found in fn.region_similarity(first, second, variant):  # type: ignore[arg-type]
                 torch.testing.assert_close(found, whole, atol=1e-5, rtol=0)
+
+
+def test_a_copied_background_without_its_foreground_is_bm() -> None:
+    made = []
+    for prompt in trained("background") + trained("verbatim"):
+        item = small_world().item_of(prompt.id)
+        assert item is not None
+        bare = Picture(render_backdrop(item.scenes[0].backdrop), np.zeros((64, 64), np.uint8))
+        made.append((prompt, bare))
+    columns = FBMem(TrueMasks()).measure(shard(made))
+    assert columns["fbmem_label"].tolist() == ["BM"] * len(made)
 
 
 # --- the metric -----------------------------------------------------------------------------------

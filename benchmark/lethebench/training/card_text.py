@@ -160,8 +160,8 @@ def _metrics(m: Figures) -> str:
     return "\n\n".join(
         (
             "## What the metrics see",
-            f"{seen['images']} of these images, whose prompts may reproduce single images. Truth: exact errors "
-            "of the picture and its regions against the references.",
+            f"{seen['images']} of these images, whose prompts may reproduce single images. Truth: exact "
+            "errors of the picture and its regions against the references.",
             _headed(counts),
             f"The same label: {_percent(seen['accuracy'])}. Memorized images called memorized: "
             f"{_percent(rates['sensitivity'])}; others: {_percent(rates['false_positive_rate'])}.",
