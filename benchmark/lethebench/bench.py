@@ -19,6 +19,7 @@ from lethebench.method import Knowledge
 from lethebench.plan import (
     RowPlan,
     Runtime,
+    file_name,
     judges_sha256,
     manifest_sha256,
     prompt_set,
@@ -405,7 +406,7 @@ def _write_images(plan: RowPlan, store: Store, folder: Path) -> None:
     for number, keys in enumerate(plan.shards):
         images = load_file(store.path("shard", plan.shard_key(number)) / "images.safetensors")["images"]
         for key, image in zip(keys, images, strict=True):
-            Image.fromarray(image).save(folder / "images" / f"{key.prompt.id}-{key.index}.png")
+            Image.fromarray(image).save(folder / "images" / f"{file_name(key.prompt.id)}-{key.index}.png")
 
 
 def _write_references(base: RowPlan, runs: Path) -> None:
@@ -417,9 +418,8 @@ def _write_references(base: RowPlan, runs: Path) -> None:
     with explained(runs):
         folder.mkdir(parents=True, exist_ok=True)
         for name in sorted({r for key in base.images for r in key.prompt.references}):
-            path = folder / f"{name}.png"
+            path = folder / f"{file_name(name)}.png"
             if not path.exists():
-                path.parent.mkdir(exist_ok=True)
                 temporary = path.with_suffix(".tmp")
                 Image.fromarray(prompts.reference(name).image).save(temporary, format="png")
                 temporary.replace(path)

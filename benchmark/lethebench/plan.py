@@ -22,6 +22,15 @@ from lethebench.specs import Selection, Suite
 from lethebench.store import digest
 
 
+def file_name(name: str) -> str:
+    """A name as one file name, URL-quoted where it must be.
+
+    >>> file_name("verbatim-064-03-a/0")
+    'verbatim-064-03-a%2F0'
+    """
+    return quote(name, safe="@+=,-._ ")
+
+
 @dataclass(frozen=True)
 class Runtime:
     """What may move a result without being part of what is asked: recorded in the row."""
@@ -207,4 +216,4 @@ class RowPlan:
     def folder(self, runs: Path) -> Path:
         """Where the row is written: ``<suite>@<version>/<model>/<method>/<setting>`` (URL-quoted)."""
         names = (self.suite.key, self.model_name, self.recipe.name, self.recipe.setting)
-        return runs.joinpath(*(quote(n, safe="@+=,-._ ") for n in names))
+        return runs.joinpath(*map(file_name, names))

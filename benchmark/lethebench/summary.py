@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ def print_summary(outcome: Outcome, page: Path) -> None:
     for row in outcome.rows:
         cells = [_cell(row, n) for n in names]
         table.add_row(row.method, row.setting, *cells)
-    console = Console(soft_wrap=True)
+    console = Console(width=None if sys.stdout.isatty() else 180)
     console.print(table)
     made = ", ".join(f"{n} {w}" for w, n in outcome.computed.items())
     print(f"{len(outcome.rows)} rows in {outcome.seconds:.1f} s; computed now: {made}")
