@@ -203,7 +203,7 @@ class RowPlan:
             "setting": self.recipe.setting,
             "scores": scores,
             "base": paired,
-            "runner": code_sha256("bench.py", "row.py", "plan.py"),
+            "runner": code_sha256("bench.py", "row.py", "plan.py", "stats.py"),
         }
 
     @property

@@ -41,7 +41,7 @@ def code_sha256(*parts: str) -> str:
 
 
 SAMPLER_CODE = ("sampler", "zoo", "hooks.py", "seeding.py", "pruning", "composition.py", "method.py")
-SCORING_CODE = ("judges", "metric.py", "stats.py")
+SCORING_CODE = ("judges", "metric.py", "metrics/_common.py", "metrics/_world.py")
 
 
 @lru_cache
