@@ -163,7 +163,7 @@ def configure(cls: type[Method], strength: str, overrides: Mapping[str, Any] | N
     if strength not in cls.strengths:
         raise UserError(f"method '{cls.name}' has no strength '{strength}': known {', '.join(cls.strengths)}")
     values = {**cls.strengths[strength], **(overrides or {})}
-    fields = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+    fields: list[str] = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
     unknown = sorted(set(values) - set(fields))
     if unknown:
         raise UserError(

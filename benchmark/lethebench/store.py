@@ -46,7 +46,7 @@ def explained(folder: Path) -> Iterator[None]:
             raise UserError(
                 f"the disk of {folder} is full: free some space and run again; nothing is lost"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.ENOENT):
             raise UserError(f"can't write to {folder}: choose another folder with --runs") from error
         raise
 

@@ -112,7 +112,7 @@ def half(device: str) -> Any:
 
 def draw_rows(rows: NDArray[np.int64], count: int, g: Generator) -> NDArray[np.int64]:
     """``count`` of the rows, with repetition."""
-    return rows[torch.randint(len(rows), (count,), generator=g).numpy()]
+    return rows[torch.randint(len(rows), (count,), generator=g).numpy()]  # type: ignore[no-any-return]
 
 
 # --- recogniser ----------------------------------------------------------------------------------
