@@ -34,6 +34,9 @@ def export(pipeline: Path, target: Path, recipe: DiffusionRecipe) -> None:
     config = staged / "text_encoder" / "config.json"
     values = json.loads(config.read_text(encoding="utf-8")) | {"dtype": "float32"}
     config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for path in staged.rglob("*.json"):  # diffusers records the folder that it read from
+        kept = [x for x in path.read_text(encoding="utf-8").split("\n") if '"_name_or_path"' not in x]
+        path.write_text("\n".join(kept), encoding="utf-8")
     (staged / "lethe.json").write_text(sampler_defaults(recipe), encoding="utf-8")
     for path in staged.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
