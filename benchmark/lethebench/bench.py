@@ -230,7 +230,7 @@ def _write_row(plan: RowPlan, base: RowPlan, store: Store, runs: Path, outcome: 
         from lethebench.work import row_table
 
         table = row_table(plan, store)
-        row = _scored_row(plan, base, table, store)
+        row = _scored_row(plan, base, table, store, outcome)
     with explained(runs):
         folder.mkdir(parents=True, exist_ok=True)
         files = {}
@@ -288,7 +288,7 @@ def _identity(plan: RowPlan) -> dict[str, Any]:
     }
 
 
-def _scored_row(plan: RowPlan, base: RowPlan, table: pd.DataFrame, store: Store) -> Row:
+def _scored_row(plan: RowPlan, base: RowPlan, table: pd.DataFrame, store: Store, outcome: Outcome) -> Row:
     from lethebench import stats
     from lethebench.work import row_table
 
@@ -307,8 +307,8 @@ def _scored_row(plan: RowPlan, base: RowPlan, table: pd.DataFrame, store: Store)
                 metric, score, table, base_table, resamples=suite.bootstrap, seed_parts=seed
             )
             slices += stats.slices(metric, score, table, resamples=suite.bootstrap, seed_parts=seed)
-    base_scores = None if is_base else _base_scores(base, base_table, suite)
-    warnings = stats.guards(scores, base_scores) if base_scores else []
+    of_base = next((r for r in outcome.rows if r.method == base.recipe.name), None)
+    warnings = stats.guards(scores, of_base.scores) if of_base is not None and not is_base else []
     started, cost = _cost(plan, base, store)
     return Row(
         **_identity(plan),
@@ -320,20 +320,6 @@ def _scored_row(plan: RowPlan, base: RowPlan, table: pd.DataFrame, store: Store)
         provenance=_provenance(plan, started, _now()),
         warnings=tuple(warnings),
     )
-
-
-def _base_scores(base: RowPlan, table: pd.DataFrame | None, suite: Suite) -> dict[str, ScoreRecord]:
-    from lethebench import stats
-
-    assert table is not None
-    found = {}
-    for name in suite.metrics:
-        metric = METRICS.get(name)()
-        for score in metric.scores:
-            found[score.name] = stats.summarise(
-                metric, score, table, None, resamples=100, seed_parts=(suite.key, score.name)
-            )
-    return found
 
 
 def _facts(plan: RowPlan, metric: str, store: Store) -> dict[str, Any]:

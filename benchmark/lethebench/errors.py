@@ -15,6 +15,10 @@ class UserError(LetheError):
     exit_code = 2
 
 
+class StoreError(UserError):
+    """The folder of results can't be written: the one failure that stops a run, since no job could go on."""
+
+
 class RunError(LetheError):
     """Work that was rightly asked for failed while it ran. Exit 1; what was computed is kept."""
 

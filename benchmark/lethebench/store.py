@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lethebench.errors import UserError
+from lethebench.errors import StoreError
 
 
 def digest(value: Any) -> str:
@@ -43,11 +43,11 @@ def explained(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise UserError(
+            raise StoreError(
                 f"the disk of {folder} is full: free some space and run again; nothing is lost"
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.ENOENT):
-            raise UserError(f"can't write to {folder}: choose another folder with --runs") from error
+            raise StoreError(f"can't write to {folder}: choose another folder with --runs") from error
         raise
 
 

@@ -84,17 +84,27 @@ def test_workers_and_batch_size_change_no_noise(tiny_suite: Path, tmp_path: Path
     assert _rows(tmp_path / "one") == _rows(tmp_path / "two")
 
 
-def test_a_failing_method_fails_its_row_and_no_other(tiny_suite: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        ("ArithmeticError('on purpose')", "ArithmeticError: on purpose"),
+        ("UserError('on purpose')", "on purpose"),
+    ],
+)
+def test_a_failing_method_fails_its_row_and_no_other(
+    tiny_suite: Path, tmp_path: Path, error: str, reason: str
+) -> None:
     plugin = tmp_path / "failing.py"
     plugin.write_text(
+        "from lethebench.errors import UserError\n"
         "from lethebench.method import Family, Method\n"
         "class Failing(Method):\n"
         "    name = 'failing'\n    summary = 'raises'\n    family = Family.WEIGHTS\n"
-        "    def fit(self, task):\n        raise ArithmeticError('on purpose')\n"
+        f"    def fit(self, task):\n        raise {error}\n"
     )
     outcome = _bench(tiny_suite, tmp_path / "runs", f"{plugin}:Failing", strength="all")
     status = {r.method: (r.status, r.reason) for r in outcome.rows}
-    assert status["failing"] == ("failed", "ArithmeticError: on purpose")
+    assert status["failing"] == ("failed", reason)
     assert status["base"][0] == status["blank"][0] == "ok"
     assert "on purpose" in (tmp_path / "runs/tiny@1/tiny-sd/failing/default/failure.txt").read_text()
 

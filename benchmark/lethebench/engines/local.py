@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 
 from lethebench.engines import Failure
-from lethebench.errors import LetheError, UserError
+from lethebench.errors import LetheError, StoreError
 from lethebench.work import Job, perform
 
 
@@ -46,10 +46,10 @@ class LocalEngine:
 
 
 def attempt(job: Job) -> Failure | None:
-    """Perform a job; its failure as a value, except what the user must mend before anything runs."""
+    """Perform a job; its failure as a value, except where nothing can be stored any more."""
     try:
         perform(job)
-    except UserError:
+    except StoreError:
         raise
     except LetheError as error:
         return Failure(job, str(error), traceback.format_exc())

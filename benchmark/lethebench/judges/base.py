@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from lethebench.errors import UserError
 from lethebench.judges.nets import SIDE
+from lethebench.store import file_sha256
 
 Images = NDArray[np.uint8]
 """uint8 ``[n, 64, 64, 3]``."""
@@ -93,18 +93,13 @@ def to_input(images: Images, device: str = "cpu") -> Tensor:
     return pixels.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1.0)
 
 
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def write_folder(folder: Path, net: nn.Module, config: Mapping[str, Any]) -> None:
     """Write a judge: weights in float16, configuration, and the sums of both."""
     folder.mkdir(parents=True, exist_ok=True)
     halves = {name: value.detach().cpu().half().contiguous() for name, value in net.state_dict().items()}
     save_file(halves, folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    sums = {name: sha256_of(folder / name) for name in (WEIGHTS, CONFIG)}
+    sums = {name: file_sha256(folder / name) for name in (WEIGHTS, CONFIG)}
     (folder / SUMS).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
 
 
@@ -124,7 +119,7 @@ def read_folder(name: str, folder: Path) -> tuple[dict[str, Any], dict[str, Tens
         path = folder / file
         if not path.is_file():
             raise UserError(f"{name}: {path} is missing; restore it, or train again by `make models`")
-        if sha256_of(path) != wanted:
+        if file_sha256(path) != wanted:
             raise UserError(f"{name}: {path} is damaged (its sha256 is not the one in {SUMS}); restore it")
     config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     return config, load_file(folder / WEIGHTS)

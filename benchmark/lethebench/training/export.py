@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lethebench.store import file_sha256
 
 if TYPE_CHECKING:
     from lethebench.training.diffusion import DiffusionRecipe
@@ -53,9 +54,7 @@ def sums_of(folder: Path) -> dict[str, str]:
     """The sha256 of every file that a model needs, by its path within the folder."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in files
-        if path.name not in UNSUMMED
+        path.relative_to(folder).as_posix(): file_sha256(path) for path in files if path.name not in UNSUMMED
     }
 
 

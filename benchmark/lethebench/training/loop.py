@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lethebench.progress import progress
+from lethebench.store import file_sha256
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> float:
@@ -38,7 +39,7 @@ def recipe_key(*recipes: Any) -> str:
 def checkpoint_digest(folder: Path) -> str:
     """The sha256 of a run's checkpoint; empty where there is none. For runs that build on that one."""
     path = folder / "checkpoint.safetensors"
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
+    return file_sha256(path) if path.exists() else ""
 
 
 def step_generator(name: str, step: int, seed: int = 0) -> torch.Generator:

@@ -5,7 +5,6 @@ Needs neither torch nor diffusers: the planner asks here before any work starts.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from dataclasses import replace
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lethebench.errors import UserError
+from lethebench.store import file_sha256
 from lethebench.zoo._model import FAMILIES, Family, ModelEntry
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
@@ -81,12 +81,6 @@ def weights_sha256(name: str, *, revision: str | None = None) -> dict[str, str]:
 def folder_sha256(folder: Path) -> dict[str, str]:
     """The SHA-256 of each safetensors file under ``folder``, by its relative path."""
     return {str(p.relative_to(folder)): file_sha256(p) for p in sorted(folder.rglob("*.safetensors"))}
-
-
-def file_sha256(path: Path) -> str:
-    """A file's SHA-256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verify(folder: Path, entry: ModelEntry) -> None:
