@@ -71,7 +71,7 @@ def _draws(rows: Sequence[Row], tables: Mapping[Key, pd.DataFrame | None], name:
     with_score = [
         r for r in rows if r.status == "ok" and name in r.scores and r.scores[name].value is not None
     ]
-    found = scorer(with_score[0].scores[name], name) if with_score else None
+    found = scorer(with_score[0], name) if with_score else None
     if found is None or not stats.is_mean(*found):
         return {}
     kept = {

@@ -49,7 +49,7 @@ def rank_rows(
     competing = [row for row in rows if not notes[row.key]]
     if not competing:
         return {key: Rank(None, None, note) for key, note in notes.items()}, ""
-    found = scorer(competing[0].scores[headline], headline)
+    found = scorer(competing[0], headline)
     if found is None:
         name = competing[0].scores[headline].metric
         why = f"No ranks: the metric {name!r} of the headline is not installed here."
@@ -79,15 +79,18 @@ def _barred(row: Row, headline: str) -> str:
     return ""
 
 
-def scorer(record: ScoreRecord, name: str) -> tuple[Metric, Score] | None:
-    """The installed metric that gave the record and its definition of the score; None where there is none."""
+def scorer(row: Row, name: str) -> tuple[Metric, Score] | None:
+    """The installed metric that gave a row's score and its definition of it; None where there is none."""
+    from lethebench.metric import configure_metric
     from lethebench.registry import METRICS
 
+    made_by = row.scores[name].metric
     try:
-        metric: Metric = METRICS.get(record.metric)()
+        settings = row.metrics.get(made_by, {}).get("settings", {})
+        metric: Metric = configure_metric(METRICS.get(made_by), settings)
     except Exception:  # a metric that can't be loaded must not cost the page
         return None
-    score = next((s for s in metric.scores if s.name == name), None)
+    score = next((s for s in metric.all_scores() if s.name == name), None)
     return None if score is None else (metric, score)
 
 

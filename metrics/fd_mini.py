@@ -74,7 +74,7 @@ class FDMini(Metric):
         ),
     )
     set_valued: ClassVar[frozenset[str]] = frozenset({"fd_mini"})
-    reads: ClassVar[frozenset[str]] = frozenset({"fd_mini_reference"})
+    reads: ClassVar[frozenset[str] | None] = frozenset({"fd_mini_reference"})
 
     def __init__(self, judge: Any = None) -> None:
         self.judge = judge

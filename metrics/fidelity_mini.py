@@ -153,7 +153,7 @@ class FidelityMini(Metric):
         ),
     )
     set_valued: ClassVar[frozenset[str]] = frozenset({"fidelity_mini.diversity"})
-    reads: ClassVar[frozenset[str]] = frozenset()
+    reads: ClassVar[frozenset[str] | None] = frozenset()
 
     def __init__(self, judge: Any = None) -> None:
         self.judge = judge

@@ -105,7 +105,7 @@ class NoiseMagnitude(Metric):
         _auc_score(_AUC[1], "noise_magnitude_first", "the magnitude of the first step"),
     )
     set_valued: ClassVar[frozenset[str]] = frozenset(_AUC)
-    reads: ClassVar[frozenset[str]] = frozenset()
+    reads: ClassVar[frozenset[str] | None] = frozenset()
 
     def measure(self, shard: Shard) -> Mapping[str, NDArray[Any]]:
         """``noise_magnitude_mean`` and ``noise_magnitude_first``."""

@@ -21,14 +21,16 @@ from lethebench.plan import (
     Runtime,
     file_name,
     judges_sha256,
+    make_metric,
     manifest_sha256,
+    metric_files,
     prompt_set,
     weights_sha256,
 )
 from lethebench.progress import progress
-from lethebench.registry import METHODS, METRICS
+from lethebench.registry import METHODS
 from lethebench.row import Cost, Provenance, Row, ScoreRecord, Slice, SuiteKey, read_row
-from lethebench.specs import Suite, load_suite
+from lethebench.specs import MetricSpec, Suite, load_suite
 from lethebench.store import Store, digest, explained, file_sha256, write_atomic
 from lethebench.work import Job
 
@@ -75,8 +77,8 @@ def plan_rows(
     for name in names:
         for recipe in recipes(name, strength, overrides, suite.fit):
             found.setdefault((recipe.name, recipe.setting), recipe)
-    for metric in suite.metrics:
-        METRICS.get(metric)
+    for spec in suite.metrics:
+        make_metric(spec).check()
     return [RowPlan(suite, model, recipe, runtime) for recipe in found.values()]
 
 
@@ -298,10 +300,14 @@ def _scored_row(plan: RowPlan, base: RowPlan, table: pd.DataFrame, store: Store,
     scores: dict[str, ScoreRecord] = {}
     slices: list[Slice] = []
     metrics = {}
-    for name in suite.metrics:
-        metric = METRICS.get(name)()
-        metrics[name] = {"version": metric.version, "source": metric.source, **_facts(plan, name, store)}
-        for score in metric.scores:
+    for spec, metric in zip(suite.metrics, plan.metrics, strict=True):
+        metrics[metric.name] = {
+            "version": metric.version,
+            "source": metric.source,
+            "settings": spec.settings,
+            **_facts(plan, spec, store),
+        }
+        for score in metric.all_scores():
             seed = (suite.key, score.name)
             scores[score.name] = stats.summarise(
                 metric, score, table, base_table, resamples=suite.bootstrap, seed_parts=seed
@@ -322,7 +328,7 @@ def _scored_row(plan: RowPlan, base: RowPlan, table: pd.DataFrame, store: Store,
     )
 
 
-def _facts(plan: RowPlan, metric: str, store: Store) -> dict[str, Any]:
+def _facts(plan: RowPlan, metric: MetricSpec, store: Store) -> dict[str, Any]:
     found = store.find("scores", plan.scores_key(0, metric))
     return json.loads((found / "facts.json").read_text()) if found is not None else {}
 
@@ -361,11 +367,12 @@ def _per_image(measured: Sequence[Mapping[str, Any]]) -> float:
 def _provenance(plan: RowPlan, started: str, finished: str) -> Provenance:
     commit, dirty = provenance.git_state()
     weights = {f"{plan.model_name}/{k}": v for k, v in weights_sha256(plan.model).items()}
+    files = {f"{m.name}/{k}": v for m in plan.metrics for k, v in metric_files(m).items()}
     return Provenance(
         git_commit=commit,
         dirty=dirty,
         plugin_sha256=plan.recipe.sources(),
-        weights_sha256={**weights, **judges_sha256()},
+        weights_sha256={**weights, **judges_sha256(), **files},
         data_sha256={plan.suite.prompt_set: manifest_sha256(plan.suite.prompt_set)},
         packages=provenance.packages(),
         hardware=provenance.hardware(plan.runtime.device),

@@ -8,13 +8,17 @@ must not depend on which other images share the batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lethebench.prompts import Prompt
+    from lethebench.specs import SamplerSettings
+    from lethebench.zoo import Model
 
 
 @dataclass(frozen=True)
@@ -90,3 +94,52 @@ class SamplerHooks:
     def images(self, images: Tensor, keys: tuple[ImageKey, ...]) -> Tensor:
         """Change the decoded images, uint8 ``[B, height, width, 3]``."""
         return images
+
+
+class Prediction(NamedTuple):
+    """Guided, unconditional (None without guidance) and conditional prediction, float32 ``[B, ...]``."""
+
+    combined: Tensor
+    unconditional: Tensor | None
+    conditional: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The batch that is being drawn, as a recorder sees it.
+
+    ``noise`` are the initial latents (unit normal, ``[B, ...]`` as the denoiser takes them);
+    ``timesteps`` the scheduler's, ``[steps]``. ``predict(latents, timestep, conditioning)`` asks the
+    denoiser, with the method under test in place; its latents must be scaled as the scheduler asks, which
+    ``scale(latents, timestep)`` does. The first step's latents are ``init_noise_sigma * noise``.
+    """
+
+    model: Model
+    settings: SamplerSettings
+    keys: tuple[ImageKey, ...]
+    conditioning: Conditioning
+    noise: Tensor
+    timesteps: Tensor
+    predict: Callable[[Tensor, Tensor, Conditioning], Prediction]
+    scale: Callable[[Tensor, Tensor], Tensor]
+    init_noise_sigma: float
+
+
+class Recorder:
+    """Watches the sampling for a metric, and can't change it.
+
+    The sampler opens :meth:`watch` around the denoising of a batch, calls :meth:`step` after each
+    prediction, and after the context closed asks :meth:`take` for what was seen of each image.
+    """
+
+    @contextmanager
+    def watch(self, batch: Batch) -> Iterator[None]:
+        """Put in place what is needed to see more than the predictions (module hooks, say)."""
+        yield
+
+    def step(self, step: Step, predicted: Prediction) -> None:
+        """See the denoiser's own predictions of a step, before any hook changed them."""
+
+    def take(self, batch: Batch) -> Mapping[str, Tensor]:
+        """What was recorded, by name, each ``[B, ...]``; forgets it. May ask ``batch.predict``."""
+        return {}

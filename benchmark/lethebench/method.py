@@ -41,7 +41,7 @@ class Knowledge(StrEnum):
 
 
 def setting(default: Any, help: str) -> Any:
-    """A field of a method's settings, with the help text that ``lethe info method`` prints."""
+    """A field of a method's or metric's settings, with the help text that ``lethe info`` prints."""
     if isinstance(default, (list, dict, set)):
         raise TypeError("the default of a setting must be immutable")
     return field(default=default, metadata={"help": help})
@@ -175,6 +175,6 @@ def configure(cls: type[Method], strength: str, overrides: Mapping[str, Any] | N
         raise UserError(f"method '{cls.name}': {error}") from error
 
 
-def settings_of(method: Method) -> dict[str, Any]:
-    """The resolved settings, as JSON can hold them."""
-    return dataclasses.asdict(method) if dataclasses.is_dataclass(method) else {}  # type: ignore[arg-type]
+def settings_of(plugin: object) -> dict[str, Any]:
+    """The resolved settings of a method or metric, as JSON can hold them."""
+    return dataclasses.asdict(plugin) if dataclasses.is_dataclass(plugin) else {}  # type: ignore[arg-type]

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lethebench.errors import UserError
 from lethebench.prompts import Prompt, PromptSet, Role
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from lethebench.hooks import Recorder
 
 Direction = Literal["lower", "higher", "none"]
 
@@ -47,7 +52,9 @@ class Shard:
     ``images`` uint8 ``[n, height, width, 3]``; ``prompts`` and ``indices`` have length n;
     ``latents`` float32 ``[n, ...]`` are the final latents; ``noise_norm`` float32 ``[n, steps]`` is
     the l2 norm of (conditional - unconditional) prediction at each step (NaN where the model
-    samples without guidance). ``prompt_set`` gives references.
+    samples without guidance). ``recorded`` holds what metrics recorded while the images were drawn
+    (:attr:`Metric.records`), by name, each ``[n, ...]``; a name is missing where nothing was drawn.
+    ``prompt_set`` gives references.
     """
 
     images: NDArray[np.uint8]
@@ -56,21 +63,37 @@ class Shard:
     prompt_set: PromptSet
     latents: NDArray[np.float32] | None = None
     noise_norm: NDArray[np.float32] | None = None
+    recorded: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.prompts)
 
 
 class Metric(ABC):
-    """A metric. Subclasses are light to import: heavy work lives in functions that they call."""
+    """A metric. Subclasses are light to import: heavy work lives in functions that they call.
+
+    A metric with settings is a frozen dataclass whose fields are made by
+    :func:`lethebench.method.setting`; the constructor only stores them. A suite names a metric alone
+    (``fbmem``) or with settings (``sscd: {preset: wen-224}``).
+    """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     version: ClassVar[str] = "1"
     source: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset({"images"})
-    """Of ``images``, ``references``, ``masks``, ``prompts``, ``latents``, ``noise_norm``."""
+    """Of ``images``, ``references``, ``masks``, ``prompts``, ``latents``, ``noise_norm``, ``recorded``."""
     scores: ClassVar[tuple[Score, ...]]
+    set_valued: ClassVar[frozenset[str]] = frozenset()
+    """Of a metric that overrides ``aggregate``: the scores that are not means over images (none named:
+    all of them)."""
+    reads: ClassVar[frozenset[str] | None] = None
+    """Columns that set-valued scores read beside their own and what is known of an image (None: all)."""
+    detects: ClassVar[Mapping[str, Literal["high", "low"]] | None] = None
+    """Columns that tell memorized images from others, and which end of them says memorized. None: the
+    columns of the scores on triggers that mitigation should lower (high) or raise (low)."""
+    records: ClassVar[frozenset[str]] = frozenset()
+    """Names of what :meth:`recorder` records while images are drawn."""
 
     @abstractmethod
     def measure(self, shard: Shard) -> Mapping[str, NDArray[Any]]:
@@ -84,6 +107,56 @@ class Metric(ABC):
         """The score over the images of ``table`` (already chosen by role and kind): the mean."""
         return float(np.nanmean(table[score.column].to_numpy(dtype=float)))
 
+    def all_scores(self) -> tuple[Score, ...]:
+        """The scores under these settings: ``scores``, unless settings name more of them."""
+        return self.scores
+
+    def check(self) -> None:  # noqa: B027 (most metrics need nothing)
+        """Raise UserError, saying what to do, if the metric can't run here: a package or a file is missing.
+
+        Called before any long work.
+        """
+
+    def weights(self) -> Mapping[str, Path]:
+        """Files that determine the values, by a name: their SHA-256 goes into row and store."""
+        return {}
+
+    def recorder(self) -> Recorder | None:
+        """What watches the sampling for this metric; needed if ``records`` names something."""
+        return None
+
     def facts(self) -> dict[str, Any]:
         """What the row records of the metric beside its values: judge, features, thresholds, N."""
         return {}
+
+
+def configure_metric(cls: type[Metric], settings: Mapping[str, Any]) -> Metric:
+    """The metric with these settings. Raises UserError for a setting that it hasn't or a bad value."""
+    import difflib
+
+    fields: tuple[dataclasses.Field[Any], ...] = (
+        dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
+    )
+    known = [f.name for f in fields if f.init]
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known) or 'none'}"
+            raise UserError(f"metric '{cls.name}' has no setting '{name}': {hint}")
+    try:
+        return cls(**settings)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"metric '{cls.name}': {error}") from error
+
+
+def detectors(metric: Metric) -> dict[str, Literal["high", "low"]]:
+    """The metric's columns that tell memorized images from others, and which end says memorized."""
+    if metric.detects is not None:
+        return dict(metric.detects)
+    ends: dict[str, Literal["high", "low"]] = {"lower": "high", "higher": "low"}
+    wanted = {Role.TRIGGER, Role.CONCEPT}
+    return {
+        score.column: ends[score.direction]
+        for score in metric.all_scores()
+        if score.direction in ends and score.roles & wanted and score.name not in metric.set_valued
+    }

@@ -13,13 +13,15 @@ from urllib.parse import quote
 from lethebench.composition import Recipe
 from lethebench.errors import UserError
 from lethebench.hooks import ImageKey
+from lethebench.method import settings_of
+from lethebench.metric import Metric, configure_metric
 from lethebench.prompts import Prompt, PromptSet
 from lethebench.provenance import DECISIVE, SAMPLER_CODE, SCORING_CODE, code_sha256, packages
 from lethebench.registry import METRICS, PROMPT_SETS, source_sha256
 from lethebench.row import SCHEMA
 from lethebench.seeding import derive_seed
-from lethebench.specs import Selection, Suite
-from lethebench.store import digest
+from lethebench.specs import MetricSpec, Selection, Suite
+from lethebench.store import digest, file_sha256
 
 
 def file_name(name: str) -> str:
@@ -73,6 +75,25 @@ def judges_sha256() -> dict[str, str]:
     for record in sorted(builtin_folder("").glob("*-mini/weights.json")):
         for name, value in json.loads(record.read_text()).items():
             found[f"{record.parent.name}/{name}"] = value
+    return found
+
+
+def make_metric(spec: MetricSpec) -> Metric:
+    """The metric of a suite with its settings. Raises UserError."""
+    return configure_metric(METRICS.get(spec.name), spec.settings)
+
+
+@lru_cache(maxsize=64)
+def _file_sha256(path: Path, size: int, changed: float) -> str:
+    return file_sha256(path)
+
+
+def metric_files(metric: Metric) -> dict[str, str]:
+    """The SHA-256 of each file that determines the metric's values."""
+    found = {}
+    for name, path in metric.weights().items():
+        stat = path.stat()
+        found[name] = _file_sha256(path, stat.st_size, stat.st_mtime)
     return found
 
 
@@ -147,6 +168,21 @@ class RowPlan:
         return [tuple(self.images[i : i + size]) for i in range(0, len(self.images), size)]
 
     @cached_property
+    def metrics(self) -> list[Metric]:
+        """The suite's metrics, in its order."""
+        return [make_metric(spec) for spec in self.suite.metrics]
+
+    @cached_property
+    def _recorders(self) -> list[Any]:
+        """What determines the recorded part of a shard."""
+        watching = [m for m in self.metrics if m.records]
+        return [[*self._metric_key(m), sorted(m.records)] for m in watching]
+
+    def _metric_key(self, metric: Metric) -> list[Any]:
+        cls = type(metric)
+        return [metric.name, cls.version, source_sha256(cls), settings_of(metric), metric_files(metric)]
+
+    @cached_property
     def _common(self) -> dict[str, Any]:
         return {
             "weights": weights_sha256(self.model),
@@ -174,17 +210,17 @@ class RowPlan:
         """All that determines a shard's images."""
         images = [[k.prompt.id, k.prompt.text, k.index] for k in self.shards[shard]]
         fits = [digest(self.fit_key(i)) for i in range(len(self.recipe.parts))]
-        return {**self._common, "what": "shard", "suite": self.suite.key, "fits": fits, "images": images}
+        key = {**self._common, "what": "shard", "suite": self.suite.key, "fits": fits, "images": images}
+        return {**key, "recorders": self._recorders} if self._recorders else key
 
-    def scores_key(self, shard: int, metric: str) -> dict[str, Any]:
+    def scores_key(self, shard: int, metric: MetricSpec) -> dict[str, Any]:
         """All that determines a metric's values on a shard."""
-        cls = METRICS.get(metric)
         return {
             "what": "scores",
             "shard": digest(self.shard_key(shard)),
             "references": [list(k.prompt.references) for k in self.shards[shard]],
             "prompts": manifest_sha256(self.suite.prompt_set),
-            "metric": [metric, cls.version, source_sha256(cls)],
+            "metric": self._metric_key(self.metrics[self.suite.metrics.index(metric)]),
             "judges": judges_sha256(),
             "code": code_sha256(*SCORING_CODE),
         }

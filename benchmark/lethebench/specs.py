@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lethebench.errors import UserError
 from lethebench.prompts import Role
@@ -48,6 +48,26 @@ class Axis(Spec):
     label: str
 
 
+class MetricSpec(Spec):
+    """A metric of a suite with its settings. In YAML: its name, or ``{name: {setting: value}}``."""
+
+    name: str
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, given: Any) -> Any:
+        if isinstance(given, str):
+            return {"name": given}
+        if isinstance(given, dict) and len(given) == 1 and "name" not in given:
+            ((name, settings),) = given.items()
+            return {"name": name, "settings": settings or {}}
+        return given
+
+    def __str__(self) -> str:
+        return self.name
+
+
 class Suite(Spec):
     """A frozen, versioned choice of model, prompts, sampler settings and metrics."""
 
@@ -58,7 +78,7 @@ class Suite(Spec):
     prompt_set: str
     select: tuple[Selection, ...] = Field(min_length=1)
     sampler: SamplerSettings
-    metrics: tuple[str, ...] = Field(min_length=1)
+    metrics: tuple[MetricSpec, ...] = Field(min_length=1)
     controls: dict[str, str] = Field(default_factory=dict)
     """Control methods that every run includes, each with its strength or ``all``."""
     suppression: Axis
@@ -68,6 +88,15 @@ class Suite(Spec):
     bootstrap: int = Field(default=2000, ge=100)
     fit: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Overrides of single methods' settings, by method name: frozen with the suite."""
+
+    @field_validator("metrics")
+    @classmethod
+    def _once_each(cls, given: tuple[MetricSpec, ...]) -> tuple[MetricSpec, ...]:
+        names = [m.name for m in given]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"metric '{name}' is named twice")
+        return given
 
     @property
     def key(self) -> str:

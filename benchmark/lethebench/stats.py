@@ -79,8 +79,7 @@ def is_mean(metric: Metric, score: Score) -> bool:
     """
     if type(metric).aggregate is Metric.aggregate:
         return True
-    named: frozenset[str] | None = getattr(metric, "set_valued", None)
-    return named is not None and score.name not in named
+    return bool(metric.set_valued) and score.name not in metric.set_valued
 
 
 def _needed(metric: Metric, score: Score, table: pd.DataFrame) -> pd.DataFrame:
@@ -88,10 +87,9 @@ def _needed(metric: Metric, score: Score, table: pd.DataFrame) -> pd.DataFrame:
 
     A metric names them in ``reads``, beside the score's own column and :data:`KNOWN`; else all are kept.
     """
-    reads: frozenset[str] | None = getattr(metric, "reads", None)
-    if reads is None:
+    if metric.reads is None:
         return table
-    kept = {*KNOWN, score.column, *reads}
+    kept = {*KNOWN, score.column, *metric.reads}
     return table[[name for name in table.columns if name in kept]]
 
 

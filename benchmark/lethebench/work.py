@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any
 from lethebench.composition import recipes
 from lethebench.errors import RunError
 from lethebench.method import Artefact, Task, settings_of
-from lethebench.plan import RowPlan, Runtime, prompt_set
-from lethebench.registry import METRICS
-from lethebench.specs import Suite
+from lethebench.plan import RowPlan, Runtime, make_metric, prompt_set
+from lethebench.specs import MetricSpec, Suite
 from lethebench.store import Store
 
 if TYPE_CHECKING:
@@ -196,8 +195,17 @@ def _draw(
 
     with plan.recipe.apply(model, artefacts) as hooks:
         if plan.recipe.generates:
-            drawn = sample(model, keys, plan.suite.sampler, hooks, batch_size=plan.suite.batch_size)
+            recorders = [made for m in plan.metrics if (made := m.recorder()) is not None]
+            drawn = sample(
+                model,
+                keys,
+                plan.suite.sampler,
+                hooks,
+                recorders=recorders,
+                batch_size=plan.suite.batch_size,
+            )
             images, latents, norms = drawn.images, drawn.latents, drawn.noise_norm
+            recorded = drawn.recorded
         else:
             height, width = image_size(model, plan.suite.sampler)
             blank = torch.zeros(len(keys), height, width, 3, dtype=torch.uint8)
@@ -206,10 +214,12 @@ def _draw(
             images = blank.numpy()
             latents = np.zeros((len(keys), 0), dtype=np.float32)
             norms = np.full((len(keys), plan.suite.sampler.num_inference_steps), np.nan, dtype=np.float32)
+            recorded = {}
     return {
         "images": np.ascontiguousarray(images),
         "latents": np.ascontiguousarray(latents, dtype=np.float32),
         "noise_norm": np.ascontiguousarray(norms, dtype=np.float32),
+        **{f"recorded.{name}": np.ascontiguousarray(values) for name, values in recorded.items()},
     }
 
 
@@ -227,13 +237,18 @@ def read_shard(folder: Path, keys: Sequence[ImageKey], suite: Suite) -> Shard:
         prompt_set=prompt_set(suite.prompt_set),
         latents=tensors["latents"] if tensors["latents"].size else None,
         noise_norm=tensors["noise_norm"],
+        recorded={
+            name.removeprefix("recorded."): values
+            for name, values in tensors.items()
+            if name.startswith("recorded.")
+        },
     )
 
 
 # --- score ----------------------------------------------------------------------------------------
 
 
-def score_shard(plan: RowPlan, shard: int, metric: str, store: Store) -> Path:
+def score_shard(plan: RowPlan, shard: int, metric: MetricSpec, store: Store) -> Path:
     """Measure one metric on a stored shard and store its columns."""
     key = plan.scores_key(shard, metric)
     found = store.find("scores", key)
@@ -243,12 +258,12 @@ def score_shard(plan: RowPlan, shard: int, metric: str, store: Store) -> Path:
     if stored is None:
         raise RunError(f"shard {shard} of {plan.recipe.name}/{plan.recipe.setting} has no images")
     began = time.perf_counter()
-    measurer = METRICS.get(metric)()
+    measurer = make_metric(metric)
     columns = measurer.measure(read_shard(stored, plan.shards[shard], plan.suite))
     measured = {"seconds": time.perf_counter() - began, "images": len(plan.shards[shard])}
 
     def write(folder: Path) -> None:
-        columns_frame(columns, len(plan.shards[shard]), metric).to_parquet(
+        columns_frame(columns, len(plan.shards[shard]), metric.name).to_parquet(
             folder / "scores.parquet", index=False
         )
         (folder / "facts.json").write_text(json.dumps(measurer.facts(), sort_keys=True, default=str))

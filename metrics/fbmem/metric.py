@@ -139,7 +139,7 @@ class FBMem(Metric):
     needs: ClassVar[frozenset[str]] = frozenset({"images", "references"})
     scores: ClassVar[tuple[Score, ...]] = _scores("fbmem")
     set_valued: ClassVar[frozenset[str]] = frozenset({"fbmem.distinct_matches"})
-    reads: ClassVar[frozenset[str]] = frozenset({"fbmem_memorized"})
+    reads: ClassVar[frozenset[str] | None] = frozenset({"fbmem_memorized"})
     prefix: ClassVar[str] = "fbmem"
     variant: ClassVar[Any] = "masked"
 
@@ -289,7 +289,7 @@ class FBMemAsReleased(FBMem):
     source: ClassVar[str] = "Di et al., arXiv 2508.12148, its released code (three scales in place of five)"
     scores: ClassVar[tuple[Score, ...]] = _scores("fbmem_as_released")
     set_valued: ClassVar[frozenset[str]] = frozenset({"fbmem_as_released.distinct_matches"})
-    reads: ClassVar[frozenset[str]] = frozenset({"fbmem_as_released_memorized"})
+    reads: ClassVar[frozenset[str] | None] = frozenset({"fbmem_as_released_memorized"})
     prefix: ClassVar[str] = "fbmem_as_released"
     variant: ClassVar[Any] = "as-released"
 

@@ -153,9 +153,7 @@ def test_ranks_are_those_of_the_statistics(runs: Path) -> None:
     tables = {e.row.key: read_table(e.folder) for e in entries if e.row.status == "ok"}
     ours, why = rank_rows([e.row for e in entries], tables, "fbmem.memorized")
     assert why == ""
-    metric, score = scorer(entries[0].row.scores["fbmem.memorized"], "fbmem.memorized") or pytest.fail(
-        "no metric"
-    )
+    metric, score = scorer(entries[0].row, "fbmem.memorized") or pytest.fail("no metric")
     ranked = {k: t for k, r in ours.items() if r.first is not None and (t := tables[k]) is not None}
     theirs = stats.rank(metric, score, {"\x1f".join(k): t for k, t in ranked.items()})
     assert len(ranked) >= 12

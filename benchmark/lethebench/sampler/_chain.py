@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lethebench.hooks import Conditioning, ImageKey
+from lethebench.hooks import Conditioning, ImageKey, Prediction
 from lethebench.sampler._families import adapter_for
-from lethebench.sampler._loop import Prediction, _noise, _scaled, guided_prediction
+from lethebench.sampler._loop import _noise, _scaled, guided_prediction
 from lethebench.sampler._schedulers import at_step, prepared_scheduler, require_one_step
 
 if TYPE_CHECKING:

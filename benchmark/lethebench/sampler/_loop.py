@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lethebench.hooks import Conditioning, ImageKey, SamplerHooks, Step
+from lethebench.hooks import Batch, Conditioning, ImageKey, Prediction, Recorder, SamplerHooks, Step
 from lethebench.sampler._families import Adapter, adapter_for, join
 from lethebench.sampler._schedulers import prepared_scheduler, step_arguments
 from lethebench.seeding import generator
@@ -32,19 +34,13 @@ class Samples:
     the final latents in the VAE's layout, before its scaling factor is undone. ``noise_norm``: float32
     ``[n, steps]``, the l2 norm of conditional minus unconditional prediction at each step (the
     magnitude of Wen et al. 2024 for a model that predicts epsilon); NaN without classifier-free guidance.
+    ``recorded``: what recorders saw of each image, by name, ``[n, ...]``.
     """
 
     images: NDArray[np.uint8]
     latents: NDArray[np.float32]
     noise_norm: NDArray[np.float32]
-
-
-class Prediction(NamedTuple):
-    """Guided, unconditional (None without guidance) and conditional prediction, float32 ``[B, ...]``."""
-
-    combined: Tensor
-    unconditional: Tensor | None
-    conditional: Tensor
+    recorded: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
 
 def sample(
@@ -53,6 +49,7 @@ def sample(
     settings: SamplerSettings,
     hooks: Sequence[SamplerHooks] = (),
     *,
+    recorders: Sequence[Recorder] = (),
     batch_size: int = 32,
     advance: Callable[[int], None] | None = None,
 ) -> Samples:
@@ -60,6 +57,7 @@ def sample(
 
     ``advance`` is told the number of images that each batch finished. Runs without gradients, under
     ``torch.no_grad`` (inference mode was no faster), so that a hook may open ``torch.enable_grad``.
+    ``recorders`` watch; what they take is in the samples.
     Neither the global random state nor the pipeline's scheduler is touched. Raises UserError for
     settings that don't fit the model, ValueError without keys.
     """
@@ -70,11 +68,12 @@ def sample(
     for start in range(0, len(keys), batch_size):
         batch = tuple(keys[start : start + batch_size])
         with torch.no_grad():
-            batches.append(_draw(adapter, batch, tuple(hooks)))
+            batches.append(_draw(adapter, batch, tuple(hooks), tuple(recorders)))
         if advance is not None:
             advance(len(batch))
-    images, latents, norms = zip(*batches, strict=True)
-    return Samples(np.concatenate(images), np.concatenate(latents), np.concatenate(norms))
+    images, latents, norms, seen = zip(*batches, strict=True)
+    recorded = {name: np.concatenate([part[name] for part in seen]) for name in seen[0]}
+    return Samples(np.concatenate(images), np.concatenate(latents), np.concatenate(norms), recorded)
 
 
 def initial_latents(model: Model, keys: Sequence[ImageKey], settings: SamplerSettings) -> Tensor:
@@ -133,19 +132,23 @@ def _noise(adapter: Adapter, keys: Sequence[ImageKey]) -> Tensor:
 
 
 def _draw(
-    adapter: Adapter, keys: tuple[ImageKey, ...], hooks: tuple[SamplerHooks, ...]
-) -> tuple[Any, Any, Any]:
-    """One batch: images, latents and norms as numpy arrays."""
+    adapter: Adapter,
+    keys: tuple[ImageKey, ...],
+    hooks: tuple[SamplerHooks, ...],
+    recorders: tuple[Recorder, ...],
+) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """One batch: images, latents and norms as numpy arrays, and what was recorded."""
     conditioning = _conditioning(adapter, keys, hooks)
     noise = _noise(adapter, keys).to(adapter.model.device)
     for hook in hooks:
         noise = hook.initial_noise(noise, keys)
-    latents, norms = _denoise(adapter, noise, conditioning, keys, hooks)
+    latents, norms, seen = _denoise(adapter, noise, conditioning, keys, hooks, recorders)
     latents = adapter.unpack(latents)
     images = decode(adapter.model, latents)
     for hook in hooks:
         images = hook.images(images, keys)
-    return images.cpu().numpy(), latents.cpu().numpy(), norms.cpu().numpy()
+    recorded = {name: value.cpu().numpy() for name, value in seen.items()}
+    return images.cpu().numpy(), latents.cpu().numpy(), norms.cpu().numpy(), recorded
 
 
 def _conditioning(
@@ -166,29 +169,47 @@ def _denoise(
     conditioning: Conditioning,
     keys: tuple[ImageKey, ...],
     hooks: tuple[SamplerHooks, ...],
-) -> tuple[Tensor, Tensor]:
-    """From unit normal latents to final ones, both ``[B, ...]`` float32; and the norms ``[B, steps]``."""
+    recorders: tuple[Recorder, ...],
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """From unit normal latents to final ones, both ``[B, ...]`` float32; norms ``[B, steps]``; records."""
     scheduler = prepared_scheduler(adapter)
     arguments = step_arguments(scheduler, keys)
     total = len(scheduler.timesteps)
     timesteps = scheduler.timesteps.to(noise.device)
     norms = noise.new_full((len(keys), total), torch.nan)
-    latents = noise * getattr(scheduler, "init_noise_sigma", 1.0)
-    for index, time in enumerate(scheduler.timesteps):
-        scaled = _scaled(scheduler, latents, time)
-        step = Step(
-            index, total, timesteps[index], latents, keys, conditioning, adapter.settings.guidance_scale
-        )
-        predicted = guided_prediction(adapter, scaled, timesteps[index], conditioning)
-        combined, unconditional, conditional = predicted
-        if unconditional is not None:
-            norms[:, index] = (conditional - unconditional).flatten(1).norm(dim=1)
-        for hook in hooks:
-            combined = hook.guidance(combined, unconditional, conditional, step)
-        latents = scheduler.step(combined, time, latents, **arguments, return_dict=False)[0]
-        for hook in hooks:
-            latents = hook.step_end(latents, step)
-    return latents, norms
+    batch = Batch(
+        adapter.model,
+        adapter.settings,
+        keys,
+        conditioning,
+        noise,
+        timesteps,
+        partial(guided_prediction, adapter),
+        lambda noise, time: _scaled(prepared_scheduler(adapter), noise, time),
+        float(getattr(scheduler, "init_noise_sigma", 1.0)),
+    )
+    latents = noise * batch.init_noise_sigma
+    with ExitStack() as watching:
+        for recorder in recorders:
+            watching.enter_context(recorder.watch(batch))
+        for index, time in enumerate(scheduler.timesteps):
+            scaled = _scaled(scheduler, latents, time)
+            step = Step(
+                index, total, timesteps[index], latents, keys, conditioning, adapter.settings.guidance_scale
+            )
+            predicted = guided_prediction(adapter, scaled, timesteps[index], conditioning)
+            combined, unconditional, conditional = predicted
+            if unconditional is not None:
+                norms[:, index] = (conditional - unconditional).flatten(1).norm(dim=1)
+            for recorder in recorders:
+                recorder.step(step, predicted)
+            for hook in hooks:
+                combined = hook.guidance(combined, unconditional, conditional, step)
+            latents = scheduler.step(combined, time, latents, **arguments, return_dict=False)[0]
+            for hook in hooks:
+                latents = hook.step_end(latents, step)
+    seen = [recorder.take(batch) for recorder in recorders]
+    return latents, norms, {name: value for taken in seen for name, value in taken.items()}
 
 
 def _scaled(scheduler: Any, latents: Tensor, time: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ from lethebench.training.judge_measures import (
     measure_texts,
     same_kind_threshold,
 )
-from lethebench.training.loop import fit
+from lethebench.training.loop import fit, recipe_key
 
 RECIPES: dict[str, Recipe] = {
     "recogniser-mini": RecogniserRecipe(),
@@ -139,6 +139,7 @@ def train_judge(
         warmup=min(200, recipe.steps // 4),
         weight_decay=recipe.weight_decay,
         seed=recipe.seed,
+        key=recipe_key(recipe, data.world.config),
     )
     write_folder(output, net, config)
     write_folder(output, net, config | plan.finish(kind.load(output, device), data))

@@ -23,8 +23,17 @@ from lethebench.progress import progress
 from lethebench.store import file_sha256
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> float:
-    """Linear warm-up to ``peak`` over ``warmup`` steps, then linear decay to 2 % of it."""
+def learning_rate(
+    step: int, steps: int, peak: float, warmup: int = 200, again: tuple[int, float] = (0, 0.0)
+) -> float:
+    """Linear warm-up to ``peak`` over ``warmup`` steps, then linear decay to 2 % of it.
+
+    The last ``again[0]`` of the ``steps`` are a second cycle of the same form with the peak ``again[1]``.
+    """
+    first = steps - again[0]
+    if step >= first:
+        return learning_rate(step - first, *again, warmup)
+    steps = first
     if step < warmup:
         return peak * (step + 1) / warmup
     left = (steps - step) / max(1, steps - warmup)
@@ -58,6 +67,7 @@ def fit(
     peak_lr: float,
     folder: Path,
     warmup: int = 200,
+    again: tuple[int, float] = (0, 0.0),
     weight_decay: float = 1e-2,
     betas: tuple[float, float] = (0.9, 0.99),
     clip: float = 1.0,
@@ -67,6 +77,8 @@ def fit(
     on_checkpoint: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Minimise ``loss(step, generator)`` over the parameters of ``modules`` with AdamW.
+
+    ``steps`` counts all steps; ``again`` is the second cycle of :func:`learning_rate`.
 
     Resumes from ``folder`` where it holds a checkpoint of this run, told by ``key`` (see
     :func:`recipe_key`); a checkpoint of another recipe is not resumed and will be overwritten. Returns
@@ -81,7 +93,7 @@ def fit(
     with progress(name, total=steps, done=start) as bar:
         for step in range(start, steps):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, peak_lr, warmup)
+                group["lr"] = learning_rate(step, steps, peak_lr, warmup, again)
             value = loss(step, step_generator(name, step, seed))
             optimizer.zero_grad(set_to_none=True)
             value.backward()  # type: ignore[no-untyped-call]
