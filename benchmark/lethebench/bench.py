@@ -307,6 +307,8 @@ def _scored_row(plan: RowPlan, base: RowPlan, table: pd.DataFrame, store: Store,
             "settings": spec.settings,
             **_facts(plan, spec, store),
         }
+        if base_table is not None and (compared := metric.compare(table, base_table)):
+            metrics[metric.name]["compared_to_base"] = compared
         for score in metric.all_scores():
             seed = (suite.key, score.name)
             scores[score.name] = stats.summarise(

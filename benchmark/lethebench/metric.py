@@ -125,6 +125,13 @@ class Metric(ABC):
         """What watches the sampling for this metric; needed if ``records`` names something."""
         return None
 
+    def compare(self, table: pd.DataFrame, base: pd.DataFrame) -> dict[str, Any]:
+        """What the row records of the change from base beside the differences: transitions of labels, say.
+
+        Both tables have one image a row; ``prompt_id`` and ``index`` pair them.
+        """
+        return {}
+
     def facts(self) -> dict[str, Any]:
         """What the row records of the metric beside its values: judge, features, thresholds, N."""
         return {}
