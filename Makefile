@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup bench test leaderboard check models lint format clean
+.PHONY: help setup bench test leaderboard check metrics models lint format clean
 .DEFAULT_GOAL := help
 
 help: ## Show the targets
@@ -42,9 +42,13 @@ test: $(SETUP) ## Run the tests
 leaderboard: $(SETUP) ## Write site/index.html from the results in RUNS
 	$(LETHE) leaderboard --runs "$(RUNS)" --out "$(SITE)"
 
-check: $(SETUP) ## Run the contract suite on a method: METHOD=./my_method.py:MyMethod
+check: $(SETUP) ## Run the contract suite on a method or a metric: METHOD=./my_method.py:MyMethod
 	@test -n "$(METHOD)" || { echo "make: say which method: make check METHOD=uniforget"; exit 2; }
 	$(LETHE) check "$(METHOD)"
+
+metrics: $(SETUP) ## Measure the metrics against the planted truth, and write the page
+	$(LETHE) metrics --runs "$(RUNS)" --threads $(THREADS)
+	$(LETHE) leaderboard --runs "$(RUNS)" --out "$(SITE)"
 
 models: $(SETUP) ## Train the built-in models from nothing (resumes where it was stopped)
 	$(LETHE) train --threads $(THREADS) --sheets docs

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from lethebench.leaderboard import _format as fmt
 from lethebench.leaderboard._columns import GROUPS, Cell, Column, columns, missing_cell, place, score_names
 from lethebench.leaderboard._curves import LOSS, MAX_LOSS, Curve, Estimate, Front, curves, front, resample
+from lethebench.leaderboard._latents import Section as LatentSection
+from lethebench.leaderboard._latents import section as latent_section
 from lethebench.leaderboard._pictures import (
     ImageStore,
     Key,
@@ -169,6 +171,8 @@ class Board:
     """The smallest paired difference of the headline that is found with 80 % power, or None."""
     unranked: str
     """Why there are no ranks; empty where there are."""
+    latents: LatentSection | None
+    """UniForget's Figures 4 and 5; None unless base and a method have latents."""
 
     @property
     def lines(self) -> list[Line]:
@@ -376,6 +380,7 @@ def _board(
         headline_clusters=0 if record is None else record.clusters,
         resolution=_resolution(rows, headline),
         unranked=unranked,
+        latents=latent_section(name, lines),
     )
 
 

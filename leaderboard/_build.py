@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from lethebench.leaderboard._rows import Entry, Results, scan, unfinished
 
 if TYPE_CHECKING:
     from lethebench.leaderboard._board import Board, Line
+    from lethebench.leaderboard._evaluation import EvaluationTable
 
 TEMPLATES = Path(__file__).parent / "templates"
 PAGE_BYTES = 3_000_000
@@ -45,10 +47,13 @@ def build(
     A row that is not valid is named on the page with its reason and hides no other. Raises UserError
     where ``out`` can't be written.
     """
-    from lethebench.leaderboard import _board, _export
+    from lethebench.leaderboard import _board, _export, _latents
+    from lethebench.leaderboard._evaluation import evaluations
 
     runs, out = Path(runs), Path(out)
     found = scan(runs)
+    measured, unreadable = evaluations(runs)
+    found = replace(found, problems=(*found.problems, *unreadable))
     store = ImageStore()
     boards = _board.boards(found.entries, strengths or {}, store, pictures)
     files = {
@@ -56,8 +61,10 @@ def build(
         FILES["JSON"]: _export.json_text(boards, found.problems),
         FILES["Markdown"]: _export.markdown_text(boards),
         FILES["LaTeX"]: _export.latex_text(boards),
+        **_latents.data_files([b.latents for b in boards if b.latents]),
     }
-    page = _fitted(boards, found, unfinished(runs), store, page_bytes)
+    content = Content(boards, found, unfinished(runs), measured)
+    page = _fitted(content, store, page_bytes)
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, text in {**files, "index.html": page}.items():
@@ -68,12 +75,17 @@ def build(
     return out / "index.html"
 
 
-def render(
-    boards: Sequence[Board],
-    found: Results,
-    stopped: Sequence[str],
-    images: Mapping[str, str],
-) -> str:
+@dataclass(frozen=True)
+class Content:
+    """All that the page shows: boards, what can't be shown, rows not finished, what the metrics see."""
+
+    boards: Sequence[Board]
+    found: Results
+    unfinished: Sequence[str]
+    evaluations: Sequence[EvaluationTable]
+
+
+def render(content: Content, images: Mapping[str, str]) -> str:
     """The page. Whatever comes from a row is escaped, and its policy allows only the page's own script."""
     import jinja2
     from markupsafe import Markup
@@ -90,17 +102,18 @@ def render(
     )
     js = (TEMPLATES / "page.js").read_text(encoding="utf-8")
     text: str = environment.get_template("page.html.jinja").render(
-        boards=boards,
-        problems=found.problems,
-        unfinished=stopped,
+        boards=content.boards,
+        problems=content.found.problems,
+        unfinished=content.unfinished,
+        evaluations=content.evaluations,
         css=Markup((TEMPLATES / "page.css").read_text(encoding="utf-8")),
         js=Markup(js),
         csp=policy(js),
         images=Markup(embedded_json(images)),
         version=__version__,
         schema=SCHEMA,
-        n_rows=len(found.entries),
-        input_sha256=input_sha256(found.entries),
+        n_rows=len(content.found.entries),
+        input_sha256=input_sha256(content.found.entries),
         files=FILES,
     )
     return text
@@ -135,16 +148,14 @@ def input_sha256(entries: Sequence[Entry]) -> str:
     return digest.hexdigest()
 
 
-def _fitted(
-    boards: Sequence[Board], found: Results, stopped: Sequence[str], store: ImageStore, limit: int
-) -> str:
+def _fitted(content: Content, store: ImageStore, limit: int) -> str:
     """The page, its triplets shortened where it would exceed the limit."""
-    used = _shown(boards)
-    page = render(boards, found, stopped, store.uris(used))
+    used = _shown(content.boards)
+    page = render(content, store.uris(used))
     if len(page) <= limit or not used:
         return page
     budget = limit - (len(page) - store.size(used))
-    return render(boards, found, stopped, store.uris(_within(boards, store, budget)))
+    return render(content, store.uris(_within(content.boards, store, budget)))
 
 
 def _shown(boards: Sequence[Board]) -> set[str]:

@@ -1,8 +1,9 @@
 """Sets the thresholds of FB-Mem and copy-mini on the planted world, and writes them with their recipe.
 
 Run ``python -m lethebench.metrics._calibration`` again whenever the world, the segmenter, the descriptor or
-the similarity changes; it takes a few minutes and writes ``fbmem/calibration.json`` and
-``copy_mini/calibration.json``. A test refuses a calibration that was made with other judges' weights.
+the similarity changes; it takes a few minutes and writes ``fbmem/calibration.json``, ``fbmem/unrelated.json``
+(what both variants of FB-Mem say of unrelated pictures, by mask area) and ``copy_mini/calibration.json``. A
+test refuses a calibration that was made with other judges' weights.
 
 **Negatives** are never-memorized pictures at their hardest: for the caption of each planted item, twin and
 hard negative, fresh renderings of what the caption asks for (the same object, colour, pattern and kind of
@@ -23,18 +24,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lethebench.metrics._common import CALIBRATION, HARD_NEGATIVE, PLANTED_KINDS, Images, trigger_references
 from lethebench.metrics._world import fresh_picture
+from lethebench.metrics.fbmem._constants import AS_RELEASED_TAU, KEEP, MASK_THRESHOLD, MIN_AREA
 from lethebench.prompts import Prompt
 from lethebench.seeding import derive_seed
 
 if TYPE_CHECKING:
     from lethebench.datasets.planted import PlantedWorld
+    from lethebench.metrics.fbmem._functional import Pictures, Variant
 
 ROOM = Path(__file__).parent
 FALSE_POSITIVES = 0.005
@@ -46,6 +49,10 @@ SOFTENING = {
     "pixel_noise_rms": (0.0, 0.02),
 }
 """What a picture loses by way of an autoencoder and a sampler; uniform in each range."""
+PAIRS = 4
+"""Random unrelated references for each negative."""
+AREA_EDGES = (0.0, 0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.5, 1.01)
+"""Bins of the table of unrelated pictures."""
 
 
 @dataclass(frozen=True)
@@ -124,11 +131,10 @@ def calibrate_fbmem(
     world: PlantedWorld, count: int = 4000, seed: int = 0, segmenter: Any = None, exact: int = 200
 ) -> dict[str, Any]:
     """FB-Mem's thresholds and what they rest on; ``exact`` negatives are compared to all references too."""
-    from lethebench.metrics.fbmem._functional import KEEP, MIN_AREA
-    from lethebench.metrics.fbmem.metric import MASK_THRESHOLD
-
-    null = _best_matches(world, list(negatives(world, count, seed)), segmenter, exact)
-    copies = _best_matches(world, list(positives(world, seed)), segmenter, None)
+    null = _best_matches(_seen(world, list(negatives(world, count, seed)), segmenter), exact)
+    examples = list(positives(world, seed))
+    copies = _best_matches(_seen(world, examples, segmenter), None)
+    copies["part"] = np.array([example.part for example in examples])
     half = FALSE_POSITIVES / 2
     tau = {name: threshold(null[name], half) for name in ("foreground", "background")}
     called = {name: null[name] >= tau[name] for name in tau}
@@ -170,14 +176,18 @@ def calibrate_fbmem(
     }
 
 
-def _best_matches(
-    world: PlantedWorld, examples: Sequence[Example], segmenter: Any, exact: int | None
-) -> dict[str, NDArray[Any]]:
-    """For each example: the best match's F and B, whether it is an own reference, the foreground's area."""
-    import torch
+class _Seen(NamedTuple):
+    """Examples and all references that they may reproduce, with the foregrounds that the metric sees."""
 
-    from lethebench.metrics.fbmem._functional import KEEP, Pictures, against_all, best_match
-    from lethebench.metrics.fbmem.metric import MASK_THRESHOLD
+    made: Pictures
+    references: Pictures
+    own: NDArray[np.bool_]
+    """Whether a reference is the example's own, ``[examples, references]``."""
+    trained: NDArray[np.bool_]
+
+
+def _seen(world: PlantedWorld, examples: Sequence[Example], segmenter: Any) -> _Seen:
+    from lethebench.metrics.fbmem._functional import Pictures
 
     if segmenter is None:
         from lethebench import judges
@@ -185,37 +195,119 @@ def _best_matches(
         segmenter = judges.load("segmenter-mini")
     trained = set(trigger_references(world))
     ids = sorted(trained.union(*(example.prompt.references for example in examples)))
-    place = {name: number for number, name in enumerate(ids)}
-    in_trained = torch.tensor([name in trained for name in ids])
 
     def pictures(images: Images) -> Pictures:
         return Pictures.of(images, segmenter.masks(images) >= MASK_THRESHOLD)
 
     references = pictures(np.stack([world.reference(name).image for name in ids]))
-    made = pictures(np.stack([example.image for example in examples]))
+    return _Seen(
+        pictures(np.stack([example.image for example in examples])),
+        references,
+        np.array([[name in example.prompt.references for name in ids] for example in examples]),
+        np.array([name in trained for name in ids]),
+    )
+
+
+def _best_matches(
+    seen: _Seen, exact: int | None, variant: Variant = "masked", keep: int | None = KEEP
+) -> dict[str, NDArray[Any]]:
+    """For each example: the best match's F and B, whether it is an own reference, the foreground's area."""
+    import torch
+
+    from lethebench.metrics.fbmem._functional import against_all, best_match
+
+    trained = torch.from_numpy(seen.trained)
     rows: list[tuple[float, ...]] = []
     with torch.inference_mode():
-        for number, example in enumerate(examples):
-            one = made[slice(number, number + 1)]
-            own = torch.zeros(len(ids), dtype=torch.bool)
-            own[[place[name] for name in example.prompt.references]] = True
-            candidates = own | in_trained
-            f, b = against_all(one, references, keep=KEEP, always=own, among=candidates)
+        for number in range(len(seen.made)):
+            one = seen.made[slice(number, number + 1)]
+            own = torch.from_numpy(seen.own[number])
+            candidates = own | trained
+            f, b = against_all(one, seen.references, variant, keep=keep, always=own, among=candidates)
             best = best_match(f, b)
-            row: tuple[float, ...] = (float(f[best]), float(b[best]), ids[best] in example.prompt.references)
+            row: tuple[float, ...] = (float(f[best]), float(b[best]), float(own[best]))
             if exact is None or number < exact:
-                f, b = against_all(one, references, keep=None, among=candidates)
+                f, b = against_all(one, seen.references, variant, keep=None, among=candidates)
                 other = best_match(f, b)
                 rows.append((*row, other == best, float(f[other]), float(b[other])))
             else:
                 rows.append((*row, np.nan, np.nan, np.nan))
     names = ("foreground", "background", "own", "same_best", "exact_foreground", "exact_background")
     columns = dict(zip(names, np.array(rows, dtype=float).T, strict=True))
+    return {**columns, "area": seen.made.masks.mean(dim=(1, 2, 3)).numpy()}
+
+
+def unrelated_fbmem(
+    world: PlantedWorld, tau: dict[str, float], count: int = 1000, seed: int = 0, segmenter: Any = None
+) -> dict[str, Any]:
+    """What both variants of FB-Mem say of never-memorized pictures, by the share that foregrounds cover.
+
+    ``images``: negatives against all candidates by the best match, as the metric scores an image, by the
+    image's own foreground. ``pairs``: the same negatives, each with :data:`PAIRS` random references of other
+    items, by the union of both foregrounds. ``noise``: pairs of 1/f noise of 512 pixels behind discs (five
+    scales), foreground similarity only. ``memorized`` is the share that isn't NM at the variant's thresholds.
+    """
+    from lethebench.metrics.fbmem._noise import noise_table
+
+    seen = _seen(world, list(negatives(world, count, seed)), segmenter)
+    taus = {"masked": tau, "as-released": dict.fromkeys(tau, AS_RELEASED_TAU)}
+    pairs = _random_pairs(seen, seed)
+    found: dict[str, Any] = {}
+    variants: tuple[Variant, ...] = ("masked", "as-released")
+    for variant in variants:
+        keep = KEEP if variant == "masked" else None
+        images = _best_matches(seen, 0, variant, keep)
+        found[variant] = {
+            "images": _says(images["area"], images["foreground"], images["background"], taus[variant]),
+            "pairs": _says(pairs["area"], pairs[variant][0], pairs[variant][1], taus[variant]),
+            "noise": noise_table(variant),
+        }
     return {
-        **columns,
-        "area": made.masks.mean(dim=(1, 2, 3)).numpy(),
-        "part": np.array([example.part for example in examples]),
+        **found,
+        "recipe": {"negatives": count, "pairs": len(pairs["area"]), "seed": seed, "tau": taus},
+        "made_with": _made_with(world, "segmenter-mini"),
     }
+
+
+def _random_pairs(seen: _Seen, seed: int, batch: int = 64) -> dict[str, NDArray[Any]]:
+    """Examples with others' images: union area ``[pairs]``, and each variant's F and B ``[2, pairs]``."""
+    import torch
+
+    from lethebench.metrics.fbmem._functional import region_similarity
+
+    rng = _rng(seed, "unrelated")
+    others = np.stack([rng.choice(np.flatnonzero(~own), PAIRS, replace=False) for own in seen.own])
+    columns: dict[str, list[Any]] = {"masked": [], "as-released": [], "area": []}
+    variants: tuple[Variant, ...] = ("masked", "as-released")
+    with torch.inference_mode():
+        for start in range(0, len(seen.made), batch):
+            rows = torch.arange(start, min(start + batch, len(seen.made))).repeat_interleave(PAIRS)
+            a = seen.made[rows]
+            b = seen.references[torch.from_numpy(others[start : start + batch].reshape(-1))]
+            for variant in variants:
+                columns[variant].append(torch.stack(region_similarity(a, b, variant)).numpy())
+            columns["area"].append(torch.maximum(a.masks, b.masks).mean(dim=(1, 2, 3)).numpy())
+    return {name: np.concatenate(parts, axis=-1) for name, parts in columns.items()}
+
+
+def _says(
+    area: NDArray[Any], foreground: NDArray[Any], background: NDArray[Any], tau: dict[str, float]
+) -> dict[str, Any]:
+    """Mean similarities and shares that reach their thresholds, by area; empty bins are left out."""
+    front, back = foreground >= tau["foreground"], background >= tau["background"]
+    found = {}
+    for low, high in pairwise(AREA_EDGES):
+        rows = (area >= low) & (area < high)
+        if rows.any():
+            found[f"{low:.2f}-{high:.2f}"] = {
+                "n": int(rows.sum()),
+                "foreground": round(float(foreground[rows].mean()), 4),
+                "background": round(float(background[rows].mean()), 4),
+                "foreground_reached": _share(front[rows]),
+                "background_reached": _share(back[rows]),
+                "memorized": _share((front | back)[rows]),
+            }
+    return found
 
 
 def _same_label(found: dict[str, NDArray[Any]], tau: dict[str, float], count: int) -> float | None:
@@ -316,9 +408,9 @@ def judge_sha256(name: str) -> str:
     return str(json.loads(path.read_text(encoding="utf-8"))["model.safetensors"]) if path.is_file() else ""
 
 
-def write(name: str, found: dict[str, Any]) -> Path:
-    """Write one metric's calibration; returns its path."""
-    path = ROOM / name / CALIBRATION
+def write(name: str, found: dict[str, Any], file: str = CALIBRATION) -> Path:
+    """Write one metric's calibration, or what rests on it; returns its path."""
+    path = ROOM / name / file
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return path
 
@@ -337,6 +429,9 @@ def main() -> None:
         calibrate = calibrate_fbmem if name == "fbmem" else calibrate_copy_mini
         found = calibrate(world, given.negatives, given.seed)
         print(f"{write(name, found)}: {json.dumps(found, indent=1)}")
+        if name == "fbmem":
+            unrelated = unrelated_fbmem(world, found["tau"], seed=given.seed)
+            print(f"{write(name, unrelated, 'unrelated.json')}: {json.dumps(unrelated, indent=1)}")
 
 
 if __name__ == "__main__":

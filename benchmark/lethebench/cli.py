@@ -70,6 +70,18 @@ def _overrides(pairs: list[str] | None) -> dict[str, Any]:
     return found
 
 
+def _dtype(name: str) -> str:
+    if name not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"unknown dtype '{name}': known float32, bfloat16, float16")
+    return name
+
+
+def _threads(threads: int, workers: int) -> int:
+    from lethebench.provenance import physical_cores
+
+    return max(1, physical_cores() // workers) if workers > 1 and not threads else threads
+
+
 def _bench(
     method: str,
     suite: str,
@@ -86,12 +98,7 @@ def _bench(
 ) -> Any:
     from lethebench.bench import report_failures, run
     from lethebench.plan import Runtime
-    from lethebench.provenance import physical_cores
 
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise UserError(f"unknown dtype '{dtype}': known float32, bfloat16, float16")
-    if workers > 1 and not threads:
-        threads = max(1, physical_cores() // workers)
     outcome = run(
         [m for m in method.split(",") if m],
         suite=suite,
@@ -101,7 +108,7 @@ def _bench(
         runs=runs,
         engine_name=engine,
         workers=workers,
-        runtime=Runtime(device=device, dtype=dtype, threads=threads),
+        runtime=Runtime(device=device, dtype=_dtype(dtype), threads=_threads(threads, workers)),
         until=until,
     )
     return outcome, lambda: report_failures(outcome)
@@ -236,24 +243,67 @@ def info(
         print(listing.text(found))
 
 
+@app.command(epilog="Example: lethe metrics ./my_metric.py:MyMetric")
+def metrics(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[METRIC]...", help="Metrics beside the suite's own: a name, or path.py:Class."
+        ),
+    ] = None,
+    suite: SuiteName = "detection",
+    model: ModelName = None,
+    settings: Set = None,
+    runs: Runs = Path("runs"),
+    engine: EngineName = "local",
+    workers: Workers = 1,
+    threads: Threads = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    json_: Json = False,
+) -> None:
+    """Measure metrics against what was really memorized: AUC by kind, confusion matrix, cost."""
+    from lethebench.evaluation import evaluate, print_tables
+    from lethebench.plan import Runtime
+
+    found = evaluate(
+        names or [],
+        suite=suite,
+        model=model,
+        settings=_overrides(settings),
+        runs=runs,
+        engine_name=engine,
+        workers=workers,
+        runtime=Runtime(device=device, dtype=_dtype(dtype), threads=_threads(threads, workers)),
+    )
+    if json_:
+        print(json.dumps(found.record))
+    else:
+        print_tables(found)
+
+
 @app.command(epilog="Example: lethe check ./my_method.py:MyMethod")
 def check(
-    method: Annotated[str, typer.Argument(help="A method: its name, or path.py:Class.")],
+    plugin: Annotated[str, typer.Argument(help="A method or a metric: its name, or path.py:Class.")],
+    kind: Annotated[
+        str | None, typer.Option(help="method or metric, where the name is in both registries.")
+    ] = None,
+    settings: Set = None,
     model: ModelName = None,
     json_: Json = False,
 ) -> None:
-    """Run the contract suite on a method: the same checks that Lethe's own tests run."""
+    """Run the contract suite on a method or metric: the same checks that Lethe's own tests run."""
     from lethebench.check import run_checks
 
-    results = run_checks(method, model or "mini-sd")
+    results = run_checks(plugin, model or "mini-sd", kind=kind, settings=_overrides(settings))
     if json_:
         print(json.dumps([r.as_dict() for r in results], indent=1))
     else:
         for result in results:
-            print(f"{result.status:<6} {result.name}" + (f": {result.message}" if result.message else ""))
+            print(f"{result.status:<7} {result.name}" + (f": {result.message}" if result.message else ""))
     failed = sum(r.status == "failed" for r in results)
     if failed:
-        raise LetheError(f"{method}: {failed} of {len(results)} checks failed")
+        raise LetheError(f"{plugin}: {failed} of {len(results)} checks failed")
 
 
 @app.command(epilog="Example: lethe train --only mini-sd --folder build/models")

@@ -108,7 +108,8 @@ class Prediction(NamedTuple):
 class Batch:
     """The batch that is being drawn, as a recorder sees it.
 
-    ``noise`` are the initial latents (unit normal, ``[B, ...]`` as the denoiser takes them);
+    ``texts`` are the prompts as they were encoded, with a method's changes. ``noise`` are the initial
+    latents (unit normal, ``[B, ...]`` as the denoiser takes them);
     ``timesteps`` the scheduler's, ``[steps]``. ``predict(latents, timestep, conditioning)`` asks the
     denoiser, with the method under test in place; its latents must be scaled as the scheduler asks, which
     ``scale(latents, timestep)`` does. The first step's latents are ``init_noise_sigma * noise``.
@@ -117,6 +118,7 @@ class Batch:
     model: Model
     settings: SamplerSettings
     keys: tuple[ImageKey, ...]
+    texts: tuple[str, ...]
     conditioning: Conditioning
     noise: Tensor
     timesteps: Tensor

@@ -56,8 +56,7 @@ def info(what: str, name: str) -> dict[str, Any]:
     if what == "method":
         found |= _method(item)
     elif what == "metric":
-        found["version"], found["source"] = item.version, item.source
-        found["scores"] = {s.name: f"{s.unit}, better {s.direction}: {s.help}" for s in item.scores}
+        found |= _metric(item)
     elif what == "model":
         found |= {f.name: getattr(item, f.name) for f in dataclasses.fields(item)}
     else:
@@ -65,14 +64,32 @@ def info(what: str, name: str) -> dict[str, Any]:
     return found
 
 
-def _method(item: Any) -> dict[str, Any]:
+def _metric(item: Any) -> dict[str, Any]:
+    from lethebench.metric import detectors
+
+    return {
+        "version": item.version,
+        "source": item.source,
+        "settings": _settings(item),
+        "detectors": {column: f"{end} says memorized" for column, end in detectors(item()).items()},
+        "records": sorted(item.records),
+        "scores": {s.name: f"{s.unit}, better {s.direction}: {s.help}" for s in item.scores},
+    }
+
+
+def _settings(item: Any) -> dict[str, str]:
+    """Each setting with its default and help."""
     fields = dataclasses.fields(item) if dataclasses.is_dataclass(item) else ()
+    return {f.name: f"{f.default!r}: {f.metadata.get('help', '')}" for f in fields}
+
+
+def _method(item: Any) -> dict[str, Any]:
     return {
         "citation": item.citation,
         "licence": item.licence,
         "model_families": sorted(item.model_families),
         "strengths": {k: dict(v) for k, v in item.strengths.items()},
-        "settings": {f.name: f"{f.default!r}: {f.metadata.get('help', '')}" for f in fields},
+        "settings": _settings(item),
     }
 
 

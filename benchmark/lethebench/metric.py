@@ -107,6 +107,10 @@ class Metric(ABC):
         """The score over the images of ``table`` (already chosen by role and kind): the mean."""
         return float(np.nanmean(table[score.column].to_numpy(dtype=float)))
 
+    def interval(self, score: Score, table: pd.DataFrame) -> tuple[float, float] | None:
+        """The score's own 95 % interval over the images of ``table``; None: the bootstrap's."""
+        return None
+
     def all_scores(self) -> tuple[Score, ...]:
         """The scores under these settings: ``scores``, unless settings name more of them."""
         return self.scores

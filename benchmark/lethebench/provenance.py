@@ -41,7 +41,17 @@ def code_sha256(*parts: str) -> str:
 
 
 SAMPLER_CODE = ("sampler", "zoo", "hooks.py", "seeding.py", "pruning", "composition.py", "method.py")
-SCORING_CODE = ("judges", "metric.py", "metrics/_common.py", "metrics/_world.py")
+SCORING_CODE = (
+    "judges",
+    "pairs",
+    "metric.py",
+    "metrics/_common.py",
+    "metrics/_detectors.py",
+    "metrics/_weights.py",
+    "metrics/_world.py",
+    "metrics/clip_mini.py",
+    "metrics/clip_score.py",
+)
 
 
 @lru_cache

@@ -259,6 +259,9 @@ def _set_estimate(
     value = _aggregate(metric, score, chosen)
     if value is None:
         return None, None, None
+    own = metric.interval(score, chosen)
+    if own is not None:
+        return value, *own
     drawn = _set_resamples(metric, score, chosen, resamples, seed_parts)
     if np.isnan(drawn).all():
         return value, None, None

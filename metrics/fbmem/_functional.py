@@ -5,16 +5,17 @@ and its released code, as the research note reports them; torchmetrics'
 ``MultiScaleStructuralSimilarityIndexMeasure`` for the similarity; NeMo (arXiv 2406.02366) for the three
 equal scales.
 
-**Similarity** (``ms-ssim-3``). At scale s, local means, variances and covariance come from an 11-pixel
-Gaussian window (sigma 1.5), over windows that lie inside the picture; with c1 = 0.01^2, c2 = 0.03^2 for
-pixels in 0 to 1,
+**Similarity** (MS-SSIM). At scale s, local means, variances and covariance come from an 11-pixel Gaussian
+window (sigma 1.5), over windows that lie inside the picture; with c1 = 0.01^2, c2 = 0.03^2 for pixels in
+0 to 1,
 
     contrast_s = (2 cov + c2) / (var_x + var_y + c2)      luminance = (2 mx my + c1) / (mx^2 + my^2 + c1)
-    similarity = relu(contrast_1)^(1/3) * relu(contrast_2)^(1/3) * relu(mean(contrast * luminance)_3)^(1/3)
+    similarity = relu(contrast_1)^beta_1 * relu(contrast_2)^beta_2 ... relu((contrast * luminance)_S)^beta_S
 
 each term a mean over windows and colour channels; the next scale halves the picture; as in torchmetrics the
-last scale has windows at the border too, where the picture is mirrored. Five scales, which the published
-metric has, need more than 160 pixels. With a region everywhere 1 it equals torchmetrics' at the same betas.
+last scale has windows at the border too, where the picture is mirrored. The published metric has five scales
+(torchmetrics' betas), which need more than 160 pixels a side; smaller pictures get three (:func:`betas`).
+With a region everywhere 1 it equals torchmetrics' at the same betas.
 
 **Region.** The released code paints what is not in the region in one flat colour and compares whole
 pictures. The paint is alike in both and scores 1, so unrelated pictures with a small foreground look the
@@ -38,16 +39,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-KERNEL, SIGMA = 11, 1.5
-C1, C2 = 0.01**2, 0.03**2
-BETAS = (1 / 3, 1 / 3, 1 / 3)
-"""NeMo's, rounded there to 0.33 each."""
-MIN_AREA = 0.03
-"""A region of less than this share of the area can't be compared (FB-Mem's adaptive rule, see
-:func:`comparable`; the constant is inferred from its code)."""
-KEEP = 24
-"""References that the prefilter keeps for a picture: half by foreground, half by background."""
+from ._constants import C1, C2, KEEP, KERNEL, MIN_AREA, SIGMA, betas
+
 SMALL = 16
+CHUNK_PIXELS = 2**23
+"""Pixels of pairs that are compared at once: bounds the memory (about 150 bytes a pixel)."""
 _EMPTY = 1e-12
 
 Variant = Literal["masked", "as-released"]
@@ -118,17 +114,18 @@ def ms_ssim(x: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
     """
     if weight is None:
         weight = torch.ones_like(x[:, :1])
-    return scale_terms(x, y, weight)[0].relu() ** BETAS[0] * _coarse(x, y, weight)
+    return scale_terms(x, y, weight)[0].relu() ** betas(*x.shape[-2:])[0] * _coarse(x, y, weight)
 
 
 def _coarse(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
     """The factors of all scales but the first: no less than the whole product, at a fifth of its cost."""
+    exponents = betas(*x.shape[-2:])
     product = torch.ones(len(x), device=x.device)
-    for scale in range(1, len(BETAS)):
+    for scale, beta in enumerate(exponents[1:], 2):
         x, y, weight = halve(x, y, weight)
-        last = scale == len(BETAS) - 1
+        last = scale == len(exponents)
         contrast, ssim = scale_terms(x, y, weight, mirrored=last)
-        product = product * (ssim if last else contrast).relu() ** BETAS[scale]
+        product = product * (ssim if last else contrast).relu() ** beta
     return product
 
 
@@ -241,25 +238,38 @@ def against_all(
     second step.
     """
     found = torch.full((2, len(references)), torch.nan, device=picture.pixels.device)
-    if not len(references):
-        return found[0], found[1]
     must = torch.zeros(len(references), dtype=torch.bool) if always is None else always
     allowed = torch.ones_like(must) if among is None else among | must
     kept = _nearest(picture, references, keep, must, allowed)
-    x, y, weight = pair_inputs(picture.repeated(len(kept)), references[kept], variant)
-    coarse = _coarse(x, y, weight)
-    bound = torch.where(must[kept], torch.inf, coarse.view(2, -1).mean(dim=0))
+    if not len(kept):
+        return found[0], found[1]
+    height, width = picture.pixels.shape[-2:]
+    chunk = max(1, CHUNK_PIXELS // (2 * height * width))
+    coarse = torch.cat(
+        [
+            _coarse(*_inputs_of_one(picture, references[part], variant)).view(2, -1)
+            for part in kept.split(chunk)
+        ],
+        dim=1,
+    )
+    bound = torch.where(must[kept], torch.inf, coarse.mean(dim=0))
     order = torch.argsort(bound, descending=True, stable=True)
     best = -1.0
-    for start in range(0, len(kept), block):
-        taken = order[start : start + block]
+    for taken in order.split(min(block, chunk)):
         if float(bound[taken[0]]) < best:
             break
-        rows = torch.cat([taken, taken + len(kept)])
-        fine = scale_terms(x[rows], y[rows], weight[rows])[0].relu() ** BETAS[0] * coarse[rows]
-        found[:, kept[taken]] = fine.view(2, -1)
-        best = max(best, float(fine.view(2, -1).mean(dim=0).max()))
+        contrast = scale_terms(*_inputs_of_one(picture, references[kept[taken]], variant))[0]
+        fine = contrast.relu().view(2, -1) ** betas(height, width)[0] * coarse[:, taken]
+        found[:, kept[taken]] = fine
+        best = max(best, float(fine.mean(dim=0).max()))
     return found[0], found[1]
+
+
+def _inputs_of_one(
+    picture: Pictures, references: Pictures, variant: Variant
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`pair_inputs` of one picture with each reference."""
+    return pair_inputs(picture.repeated(len(references)), references, variant)
 
 
 def _nearest(

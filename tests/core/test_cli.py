@@ -168,7 +168,7 @@ def test_doctor_says_what_it_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["bench", "list", "info", "check", "fit", "generate", "score", "train", "doctor"]
+    "command", ["bench", "list", "info", "check", "fit", "generate", "score", "train", "doctor", "metrics"]
 )
 def test_every_command_has_help_with_an_example(command: str) -> None:
     done = lethe(command, "--help")

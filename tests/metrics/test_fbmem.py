@@ -1,16 +1,27 @@
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from metric_fakes import TrueMasks, fresh, picture, scene_of, shard, small_world, trained
+from scipy.ndimage import gaussian_filter
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as torch_ms_ssim
 
+from lethebench import stats
 from lethebench.datasets.planted import Picture, render_backdrop
+from lethebench.errors import UserError
 from lethebench.metric import Shard
-from lethebench.metrics.fbmem import FBMem, FBMemAsReleased
+from lethebench.metrics import _calibration
+from lethebench.metrics._common import read_calibration
+from lethebench.metrics.fbmem import FBMem, FBMemAsReleased, _labels
 from lethebench.metrics.fbmem import _functional as fn
+from lethebench.metrics.fbmem._constants import THREE_SCALES
+from lethebench.metrics.fbmem._noise import disc, noise_table
+from lethebench.metrics.fbmem.metric import FOLDER
 from lethebench.prompts import Prompt, Reference, Role
 
 
@@ -24,15 +35,54 @@ def noisy(image: np.ndarray, rms: float, seed: int = 0) -> np.ndarray:
     return np.clip(image + noise, 0, 255).astype(np.uint8)
 
 
-@pytest.mark.parametrize("size", [48, 64, 97])
-def test_ms_ssim_equals_torchmetrics(size: int) -> None:
+@pytest.mark.parametrize(("size", "scales"), [(48, 3), (64, 3), (97, 3), (176, 5), (201, 5)])
+def test_ms_ssim_equals_torchmetrics(size: int, scales: int) -> None:
     generator = torch.Generator().manual_seed(size)
     x = torch.rand(6, 3, size, size, generator=generator)
     y = (x + torch.linspace(0, 1, 6)[:, None, None, None] * torch.randn(x.shape, generator=generator)).clamp(
         0, 1
     )
-    theirs = torch_ms_ssim(x, y, betas=fn.BETAS, data_range=1.0, reduction="none")
+    own = {"betas": fn.betas(size, size)} if scales == 3 else {}  # five: torchmetrics' defaults
+    theirs = torch_ms_ssim(x, y, **own, data_range=1.0, reduction="none")
+    assert len(fn.betas(size, size)) == scales
     assert float((fn.ms_ssim(x, y) - theirs).abs().max()) < 1e-5
+
+
+def naive_ms_ssim(x: np.ndarray, y: np.ndarray, betas: tuple[float, ...]) -> float:
+    """MS-SSIM of grey pictures by scipy's Gaussian filter, in float64."""
+
+    def blur(a: np.ndarray) -> np.ndarray:
+        return gaussian_filter(a, 1.5, radius=5, mode="mirror")
+
+    product = 1.0
+    for scale, beta in enumerate(betas, 1):
+        mx, my = blur(x), blur(y)
+        vx, vy, cov = blur(x * x) - mx**2, blur(y * y) - my**2, blur(x * y) - mx * my
+        term = (2 * cov + fn.C2) / (vx + vy + fn.C2)
+        if scale == len(betas):
+            return product * max(0, (term * (2 * mx * my + fn.C1) / (mx**2 + my**2 + fn.C1)).mean()) ** beta
+        product *= max(0, term[5:-5, 5:-5].mean()) ** beta
+        even = [side // 2 * 2 for side in x.shape]
+        x, y = (
+            a[: even[0], : even[1]].reshape(even[0] // 2, 2, even[1] // 2, 2).mean(axis=(1, 3))
+            for a in (x, y)
+        )
+    raise AssertionError
+
+
+@pytest.mark.parametrize(("height", "width", "scales"), [(41, 60, 3), (160, 200, 3), (161, 170, 5)])
+def test_scales_by_size_equal_scipy(height: int, width: int, scales: int) -> None:
+    rng = np.random.default_rng(height)
+    x = gaussian_filter(rng.random((height, width)), 2)
+    y = x + 0.05 * gaussian_filter(rng.standard_normal((height, width)), 1)
+    given = [torch.tensor(a, dtype=torch.float32).expand(1, 3, -1, -1) for a in (x, y)]
+    assert len(fn.betas(height, width)) == scales
+    assert float(fn.ms_ssim(*given)) == pytest.approx(naive_ms_ssim(x, y, fn.betas(height, width)), abs=1e-4)
+
+
+def test_pictures_too_small_for_three_scales_are_one_clear_error() -> None:
+    with pytest.raises(ValueError, match="fbmem: images must have at least 41 pixels a side; got 40 x 64"):
+        fn.ms_ssim(torch.zeros(1, 3, 40, 64), torch.zeros(1, 3, 40, 64))
 
 
 def test_ms_ssim_equals_torchmetrics_on_pictures() -> None:
@@ -42,7 +92,7 @@ def test_ms_ssim_equals_torchmetrics_on_pictures() -> None:
         y,
         (x + 0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1),
     ):
-        theirs = torch_ms_ssim(x, other, betas=fn.BETAS, data_range=1.0, reduction="none")
+        theirs = torch_ms_ssim(x, other, betas=THREE_SCALES, data_range=1.0, reduction="none")
         assert float((fn.ms_ssim(x, other) - theirs).abs().max()) < 1e-4
 
 
@@ -122,6 +172,20 @@ def test_against_all_finds_the_best_of_every_pair() -> None:
         assert fn.best_match(*found) == fn.best_match(torch.where(among, f, torch.nan), b)
 
 
+def test_memory_limit_changes_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    references = pictures(*(fresh(p, "many") for p in trained("verbatim") + trained("background")))
+    one = pictures(fresh(trained("verbatim")[0]))
+    for variant in ("masked", "as-released"):
+        whole = fn.against_all(one, references, variant, keep=None)  # type: ignore[arg-type]
+        with monkeypatch.context() as patch:
+            patch.setattr(fn, "CHUNK_PIXELS", 3 * 2 * 64 * 64)
+            parts = fn.against_all(one, references, variant, keep=None)  # type: ignore[arg-type]
+        assert fn.best_match(*whole) == fn.best_match(*parts)
+        for a, b in zip(whole, parts, strict=True):
+            both = ~(a.isnan() | b.isnan())
+            torch.testing.assert_close(a[both], b[both], atol=1e-6, rtol=0)
+
+
 def test_prefilter_keeps_copies() -> None:
     world = small_world()
     ids = sorted({r for p in world for r in p.references})
@@ -132,13 +196,23 @@ def test_prefilter_keeps_copies() -> None:
         assert ids[fn.best_match(*fn.against_all(one, references, keep=6))] == prompt.references[0]
 
 
-def test_as_released_is_flat_fill_by_torchmetrics() -> None:
-    a = pictures(*(fresh(p, "a") for p in trained("verbatim")))
-    b = pictures(*(fresh(p, "b") for p in trained("verbatim")))
+@pytest.mark.parametrize("times", [1, 3])
+def test_as_released_is_flat_fill_by_torchmetrics(times: int) -> None:
+    """At 64 pixels with NeMo's three scales, at 192 with torchmetrics' own five."""
+    a, b = (
+        pictures(
+            *(
+                Picture(p.image.repeat(times, 0).repeat(times, 1), p.mask.repeat(times, 0).repeat(times, 1))
+                for p in (fresh(prompt, key) for prompt in trained("verbatim"))
+            )
+        )
+        for key in "ab"
+    )
+    betas = {"betas": THREE_SCALES} if times == 1 else {}
     f, back = fn.region_similarity(a, b, "as-released")
     for ours, fill, inside in ((f, 0.0, True), (back, 1.0, False)):
         x, y = (torch.where((p.masks > 0) == inside, p.pixels, torch.tensor(fill)) for p in (a, b))
-        theirs = torch_ms_ssim(x, y, betas=fn.BETAS, data_range=1.0, reduction="none")
+        theirs = torch_ms_ssim(x, y, **betas, data_range=1.0, reduction="none")
         assert float((ours - theirs).abs().max()) < 1e-4
 
 
@@ -149,6 +223,21 @@ def test_flat_fill_calls_unrelated_foregrounds_alike_and_masked_does_not() -> No
     a, b = fn.Pictures(one.pixels, disc), fn.Pictures(other.pixels, disc)
     assert float(fn.region_similarity(a, b, "as-released")[0]) > 0.7
     assert float(fn.region_similarity(a, b)[0]) < 0.3
+
+
+def test_noise_reads_alike_by_flat_fill_where_the_mask_is_small() -> None:
+    released, masked = (
+        noise_table(v, side=176, areas=(0.1, 0.5), pairs=1) for v in ("as-released", "masked")
+    )  # type: ignore[arg-type]
+    assert released["0.10"]["same_place"] > 0.8
+    assert released["0.50"]["same_place"] < 0.7
+    assert all(value < 0.3 for row in masked.values() for value in row.values())
+
+
+def test_discs_cover_their_area() -> None:
+    for area in (0.04, 0.1, 0.5):
+        assert disc(512, area).mean() == pytest.approx(area, abs=1e-3)
+        assert (disc(512, area, 60)[:, 60:] == disc(512, area)[:, :-60]).all()
 
 
 def test_adaptive_rule_compares_whole_pictures_on_either_side() -> None:
@@ -282,7 +371,14 @@ def test_reference_without_true_mask_is_one_clear_error() -> None:
         FBMem(TrueMasks(), true_masks=True).measure(images)
 
 
-def test_distinct_matches_counts_memorized_images_by_cluster() -> None:
+# --- what labels add up to ------------------------------------------------------------------------
+
+
+def score(name: str) -> Any:
+    return next(s for s in FBMem.scores if s.name == f"fbmem.{name}")
+
+
+def test_distinct_matches_with_and_without_a_floor() -> None:
     table = pd.DataFrame(
         {
             "cluster": ["a", "a", "a", "a", "b", "b", "c"],
@@ -290,5 +386,116 @@ def test_distinct_matches_counts_memorized_images_by_cluster() -> None:
             "fbmem_memorized": [1.0, 1, 1, 0, 1, 1, 0],
         }
     )
-    score = next(s for s in FBMem.scores if s.name == "fbmem.distinct_matches")
-    assert FBMem().aggregate(score, table) == pytest.approx((2 + 1 + 0) / 3)
+    assert FBMem().aggregate(score("distinct_matches"), table) == pytest.approx((2 + 1 + 0) / 3)
+    assert FBMem().aggregate(score("distinct_matches_all"), table) == pytest.approx((3 + 1 + 1) / 3)
+
+
+def results(*rows: tuple[str, int, str], role: str = "trigger") -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "prompt_id": [p for p, _, _ in rows],
+            "index": [i for _, i, _ in rows],
+            "role": role,
+            "fbmem_label": [label for _, _, label in rows],
+            "fbmem_risk": _labels.risks(np.array([label for _, _, label in rows], dtype=object)),
+        }
+    )
+
+
+BASE = results(("p", 0, "VM"), ("p", 1, "BM"), ("q", 0, "FM"), ("q", 1, "NM"), ("r", 0, "VM"))
+MITIGATED = results(("r", 0, "VM"), ("q", 1, "BM"), ("q", 0, "NM"), ("p", 1, "NM"), ("p", 0, "BM"))
+
+
+def test_risk_is_the_labels_weight() -> None:
+    assert BASE["fbmem_risk"].tolist() == [2, 0.5, 1.5, 0, 2]
+    assert np.isnan(_labels.risks(np.array([""], dtype=object))).all()
+    assert FBMem().aggregate(score("risk"), BASE) == pytest.approx(6 / 5)
+    assert (score("risk").direction, score("risk").bounds) == ("lower", (0.0, 2.0))
+    made = [(p, i) for p, i, _ in cases()]
+    columns = FBMem(TrueMasks()).measure(shard(made))
+    weights = {"VM": 2.0, "FM": 1.5, "BM": 0.5, "NM": 0.0}
+    assert columns["fbmem_risk"].tolist() == [weights[label] for label in columns["fbmem_label"]]
+
+
+def test_mitigation_is_the_mean_risk_that_went_away() -> None:
+    """By hand: VM to BM 1.5, BM to NM 0.5, FM to NM 1.5, NM to BM -0.5, VM to VM 0; mean 3 / 5."""
+    others = results(("n", 0, "VM"), ("p", 0, ""), role="control")
+    blank = results(("s", 0, ""))
+    found = FBMem().compare(pd.concat([MITIGATED, others, blank]), pd.concat([BASE, blank]))
+    assert found["mitigation"] == pytest.approx(0.6)
+    assert (found["images"], found["base_risk"], found["risk"]) == (5, 1.2, 0.6)
+    assert found["transitions"] == {
+        "VM": {"VM": 1, "FM": 0, "BM": 1, "NM": 0},
+        "FM": {"VM": 0, "FM": 0, "BM": 0, "NM": 1},
+        "BM": {"VM": 0, "FM": 0, "BM": 0, "NM": 1},
+        "NM": {"VM": 0, "FM": 0, "BM": 1, "NM": 0},
+    }
+    json.dumps(found)
+    assert FBMem().compare(BASE, BASE)["mitigation"] == 0
+    assert FBMem().compare(blank, blank) == {}
+
+
+def test_mitigation_is_less_the_risks_difference_from_base() -> None:
+    clusters = [
+        {**t, "cluster": t["prompt_id"], "kind": "verbatim", "trained": True} for t in (MITIGATED, BASE)
+    ]
+    tables = [pd.DataFrame(c) for c in clusters]
+    record = stats.summarise(FBMem(), score("risk"), *tables, resamples=20, seed_parts=("test",))
+    assert record.base_difference is not None
+    assert -record.base_difference.value == pytest.approx(FBMem().compare(*tables)["mitigation"])
+
+
+def test_images_without_a_counterpart_are_one_clear_error() -> None:
+    for table, base, words in (
+        (
+            MITIGATED[1:],
+            BASE,
+            "fbmem: 1 trigger images have no counterpart, first image 0 of prompt r, which",
+        ),
+        (MITIGATED, BASE[1:], "which base lacks: score both on the same prompts and images"),
+        (MITIGATED, pd.concat([BASE, BASE[:1]]), "image 0 of prompt p is twice"),
+    ):
+        with pytest.raises(UserError, match=words):
+            FBMem().compare(table, base)
+
+
+def test_as_released_compares_its_own_labels() -> None:
+    def renamed(t: pd.DataFrame) -> pd.DataFrame:
+        return t.rename(columns={"fbmem_label": "fbmem_as_released_label"})
+
+    assert FBMemAsReleased().compare(renamed(MITIGATED), renamed(BASE))["mitigation"] == pytest.approx(0.6)
+
+
+# --- unrelated pictures ---------------------------------------------------------------------------
+
+
+def test_unrelated_pictures_are_told_by_area() -> None:
+    world, tau = small_world(), {"foreground": 0.605, "background": 0.73}
+    examples = list(_calibration.negatives(world, 24, 0))
+
+    class Half:
+        def masks(self, images: np.ndarray) -> np.ndarray:
+            found = np.zeros(images.shape[:3], np.float32)
+            found[:, :32, :8] = 1  # a sixteenth
+            return found
+
+    pairs = _calibration._random_pairs(_calibration._seen(world, examples, Half()), 0)
+    assert len(pairs["area"]) == 24 * _calibration.PAIRS
+    table = _calibration._says(pairs["area"], *pairs["as-released"], tau)
+    assert list(table) == ["0.06-0.10"] and table["0.06-0.10"]["n"] == 24 * _calibration.PAIRS
+    by_hand = (pairs["as-released"][0] >= 0.605) | (pairs["as-released"][1] >= 0.73)
+    assert table["0.06-0.10"]["memorized"] == pytest.approx(by_hand.mean(), abs=1e-5)
+    assert pairs["as-released"][0].mean() > pairs["masked"][0].mean() + 0.3
+
+
+def test_the_stored_table_is_of_the_calibrations_thresholds() -> None:
+    stored = json.loads((FOLDER / "unrelated.json").read_text())
+    assert stored["recipe"]["tau"]["masked"] == read_calibration(FOLDER)["tau"]
+    assert stored["made_with"] == read_calibration(FOLDER)["made_with"]
+    for metric in (FBMem(), FBMemAsReleased()):
+        told = metric.facts()["unrelated_pictures"]
+        assert told == stored[metric.variant] and set(told) == {"images", "pairs", "noise"}
+    noise = stored["as-released"]["noise"]["0.10"]  # the research note: 0.92, and 0.81 apart
+    assert noise["same_place"] == pytest.approx(0.92, abs=0.03)
+    assert noise["shifted_60_px"] == pytest.approx(0.81, abs=0.05)
+    assert stored["masked"]["noise"]["0.10"]["same_place"] < 0.1

@@ -138,11 +138,11 @@ def _draw(
     recorders: tuple[Recorder, ...],
 ) -> tuple[Any, Any, Any, dict[str, Any]]:
     """One batch: images, latents and norms as numpy arrays, and what was recorded."""
-    conditioning = _conditioning(adapter, keys, hooks)
+    texts, conditioning = _conditioning(adapter, keys, hooks)
     noise = _noise(adapter, keys).to(adapter.model.device)
     for hook in hooks:
         noise = hook.initial_noise(noise, keys)
-    latents, norms, seen = _denoise(adapter, noise, conditioning, keys, hooks, recorders)
+    latents, norms, seen = _denoise(adapter, noise, texts, conditioning, keys, hooks, recorders)
     latents = adapter.unpack(latents)
     images = decode(adapter.model, latents)
     for hook in hooks:
@@ -153,19 +153,20 @@ def _draw(
 
 def _conditioning(
     adapter: Adapter, keys: tuple[ImageKey, ...], hooks: tuple[SamplerHooks, ...]
-) -> Conditioning:
+) -> tuple[tuple[str, ...], Conditioning]:
     texts = [k.prompt.text for k in keys]
     for hook in hooks:
         texts = hook.texts(texts, keys)
     conditioning = adapter.encode(texts)
     for hook in hooks:
         conditioning = hook.conditioning(conditioning, keys)
-    return conditioning
+    return tuple(texts), conditioning
 
 
 def _denoise(
     adapter: Adapter,
     noise: Tensor,
+    texts: tuple[str, ...],
     conditioning: Conditioning,
     keys: tuple[ImageKey, ...],
     hooks: tuple[SamplerHooks, ...],
@@ -181,6 +182,7 @@ def _denoise(
         adapter.model,
         adapter.settings,
         keys,
+        texts,
         conditioning,
         noise,
         timesteps,
@@ -208,8 +210,14 @@ def _denoise(
             latents = scheduler.step(combined, time, latents, **arguments, return_dict=False)[0]
             for hook in hooks:
                 latents = hook.step_end(latents, step)
-    seen = [recorder.take(batch) for recorder in recorders]
-    return latents, norms, {name: value for taken in seen for name, value in taken.items()}
+    seen: dict[str, Tensor] = {}
+    for recorder in recorders:
+        taken = recorder.take(batch)
+        twice = sorted(seen.keys() & taken.keys())
+        if twice:
+            raise ValueError(f"two recorders record '{twice[0]}': give one of them another name")
+        seen |= taken
+    return latents, norms, seen
 
 
 def _scaled(scheduler: Any, latents: Tensor, time: Tensor) -> Tensor:

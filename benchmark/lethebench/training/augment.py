@@ -102,6 +102,14 @@ def shift_grid(n: int, g: Generator, shift: float = 0.06, zoom: float = 0.08, fl
     return F.affine_grid(theta, [n, 1, 64, 64], align_corners=False)
 
 
+def warped(grid: Tensor, g: Generator, most: float) -> Tensor:
+    """The grid with each picture's points moved smoothly, by up to ``most`` pixels (standard deviation)."""
+    n = len(grid)
+    moves = torch.randn(n, 2, 9, 9, generator=g) * uniform(n, 0.0, most, g)
+    smooth = F.interpolate(moves, size=grid.shape[1:3], mode="bicubic", align_corners=False)
+    return grid + smooth.permute(0, 2, 3, 1) * (2 / grid.shape[1])
+
+
 def crop_grid(n: int, g: Generator, least: float, flip: float) -> Tensor:
     """Grids of random crops: ``least`` to all of the area, aspect 3/4 to 4/3, perhaps mirrored."""
     area = least + (1 - least) * torch.rand(n, generator=g)

@@ -28,6 +28,7 @@ from lethebench.judges.segmenter import Segmenter
 from lethebench.seeding import derive_seed
 from lethebench.training.judge_cards import add_generated_errors, write_card
 from lethebench.training.judge_data import (
+    FIGURES,
     RARE,
     TEST,
     TRAINING,
@@ -70,12 +71,13 @@ RECIPES: dict[str, Recipe] = {
 
 @dataclass(frozen=True)
 class Data:
-    """The world and its three pools."""
+    """The world and its pools; ``figures`` are for the recogniser alone."""
 
     world: PlantedWorld
     training: Pool
     validation: Pool
     test: Pool
+    figures: Pool
 
 
 @dataclass(frozen=True)
@@ -113,10 +115,10 @@ def train_judges(
 
 
 def gather(world: PlantedWorld, folder: Path, scale: float = 1.0, workers: int = 1) -> Data:
-    """The three pools, read from ``folder`` or rendered into it."""
-    recipes = (TRAINING, VALIDATION, TEST)
+    """The pools, read from ``folder`` or rendered into it."""
+    recipes = [TRAINING, VALIDATION, TEST, FIGURES]
     if scale != 1.0:
-        recipes = (TRAINING.scaled(scale), VALIDATION.scaled(scale), TEST.scaled(scale))
+        recipes = [recipe.scaled(scale) for recipe in recipes]
     return Data(world, *(make_pool(world, recipe, folder, workers) for recipe in recipes))
 
 
@@ -125,7 +127,9 @@ def train_judge(
 ) -> Path:
     """Train one judge (checkpoints in ``folder``), measure it and write it to ``output``."""
     recipe, plan = RECIPES[name], _PLANS[name]
-    recipe = replace(recipe, steps=max(2, round(recipe.steps * scale)))
+    recipe = replace(
+        recipe, steps=max(2, round(recipe.steps * scale)), steps_again=round(recipe.steps_again * scale)
+    )
     kind = judge_class(name)
     config = {"judge": name} | plan.config(data, recipe)
     net = start(kind, config, recipe.seed).to(device)
@@ -133,8 +137,9 @@ def train_judge(
         name,
         {"net": net},
         plan.loss(net, data, recipe, device),
-        steps=recipe.steps,
+        steps=recipe.steps + recipe.steps_again,
         peak_lr=recipe.peak_lr,
+        again=(recipe.steps_again, recipe.peak_lr_again),
         folder=folder,
         warmup=min(200, recipe.steps // 4),
         weight_decay=recipe.weight_decay,
@@ -150,7 +155,7 @@ def train_judge(
         "judge": name,
         "recipe": asdict(recipe),
         "training": facts,
-        "data": _data_facts(data),
+        "data": _data_facts(name, data),
         "parameters": parameters_of(net),
         "bytes": (output / "model.safetensors").stat().st_size,
         "device": device,
@@ -175,12 +180,13 @@ def remeasure(name: str, data: Data, output: Path, device: str = "cpu") -> dict[
     return _PLANS[name].measure(judge_class(name).load(output, device), data)
 
 
-def _data_facts(data: Data) -> dict[str, Any]:
+def _data_facts(name: str, data: Data) -> dict[str, Any]:
+    figures = len(data.figures) if name == Recogniser.name else 0
     return {
         "world": data.world.version,
         "world_seed": data.world.config.seed,
         "prompts_sha256": digest_prompts(data.world),
-        "training_scenes": len(data.training),
+        "training_scenes": len(data.training) + figures,
         "validation_scenes": len(data.validation),
         "test_scenes": len(data.test),
     }
@@ -224,7 +230,7 @@ _PLANS: dict[str, _Plan] = {
     Recogniser.name: _Plan(
         _recogniser_config,
         lambda net, data, recipe, device: recogniser_loss(
-            net, data.training, attribute_options(data.world), recipe, device
+            net, data.training.joined(data.figures), attribute_options(data.world), recipe, device
         ),
         lambda judge, data: {"temperatures": calibrate(judge, data.validation)},
         lambda judge, data: measure_recogniser(judge, data.test),

@@ -1,4 +1,4 @@
-"""The contract suite of methods: what ``lethe check METHOD`` runs, and what Lethe's own tests run.
+"""The contract suite of methods.
 
 A check is a function ``check_*(subject)`` that raises AssertionError with what is wrong. Which checks
 apply follows from what the method declares.
@@ -7,44 +7,33 @@ apply follows from what the method declares.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import pickle
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lethebench.check._common import (
+    model_state,
+    named_checks,
+    random_states,
+    same_model,
+    same_random_states,
+)
 from lethebench.composition import Recipe, recipes
 from lethebench.errors import KnowledgeError
 from lethebench.hooks import ImageKey
 from lethebench.method import Artefact, Family, Knowledge, Method, Task, configure, settings_of
-from lethebench.plan import prompt_set
 from lethebench.prompts import PromptSet, Role
 from lethebench.registry import METHODS
 from lethebench.specs import SamplerSettings
 
 if TYPE_CHECKING:
-    import torch
-
     from lethebench.zoo import Model
 
 SUITE = "check@1"
 _SAMPLER = SamplerSettings(scheduler="model", num_inference_steps=3, guidance_scale=3.0)
-
-
-@dataclass(frozen=True)
-class Result:
-    """The outcome of one check: ``passed``, ``failed`` or ``skipped`` with the reason."""
-
-    name: str
-    status: str
-    message: str = ""
-
-    def as_dict(self) -> dict[str, str]:
-        """As JSON."""
-        return dataclasses.asdict(self)
 
 
 class Subject:
@@ -152,9 +141,9 @@ def check_knowledge_is_respected(subject: Subject) -> None:
 
 def check_fit_restores_the_model(subject: Subject) -> None:
     """``fit`` leaves the model's weights and hooks as they were."""
-    before = _state(subject.model)
+    before = model_state(subject.model)
     subject.fit()
-    _same_state(before, _state(subject.model), "after fit")
+    same_model(before, model_state(subject.model), "after fit")
 
 
 def check_fit_is_deterministic(subject: Subject) -> None:
@@ -183,20 +172,20 @@ def check_artefact_round_trips(subject: Subject) -> None:
 
 def check_base_is_restored(subject: Subject) -> None:
     """After ``apply``'s context the model is the base again, bit for bit, hooks included."""
-    before = _state(subject.model)
+    before = model_state(subject.model)
     subject.draw()
-    _same_state(before, _state(subject.model), "after apply's context closed")
+    same_model(before, model_state(subject.model), "after apply's context closed")
 
 
 def check_base_is_restored_after_an_error(subject: Subject) -> None:
     """The same where the work inside raises."""
-    before = _state(subject.model)
+    before = model_state(subject.model)
     try:
         with subject.method.apply(subject.model, subject.artefact):
             raise _Stop
     except _Stop:
         pass
-    _same_state(before, _state(subject.model), "after an error inside apply's context")
+    same_model(before, model_state(subject.model), "after an error inside apply's context")
 
 
 def check_same_seed_same_images(subject: Subject) -> None:
@@ -208,20 +197,10 @@ def check_same_seed_same_images(subject: Subject) -> None:
 
 def check_leaves_global_random_state(subject: Subject) -> None:
     """Fitting and applying use no global random state."""
-    import random
-
-    import numpy as np
-    import torch
-
-    def states() -> tuple[bytes, object, bytes]:
-        legacy = np.random.get_state()[1]  # type: ignore[index]  # noqa: NPY002
-        return bytes(torch.get_rng_state().numpy()), random.getstate(), legacy.tobytes()  # type: ignore[union-attr]
-
-    before = states()
+    before = random_states()
     subject.fit()
     subject.draw()
-    for name, old, new in zip(("torch", "Python", "numpy"), before, states(), strict=True):
-        assert old == new, f"{name}'s global random state was used"
+    same_random_states(before)
 
 
 def check_composes(subject: Subject) -> None:
@@ -229,42 +208,15 @@ def check_composes(subject: Subject) -> None:
     from lethebench.sampler import sample
 
     other = configure(METHODS.get("random-tokens"), "weak")
-    before = _state(subject.model)
+    before = model_state(subject.model)
     outer = other.apply(subject.model, Artefact())
     with outer as first, subject.method.apply(subject.model, subject.artefact) as second:
         sample(subject.model, subject.keys[:1], subject.sampler, [first, second], batch_size=1)
-    _same_state(before, _state(subject.model), "after a composition")
+    same_model(before, model_state(subject.model), "after a composition")
 
 
 class _Stop(Exception):
     pass
-
-
-def _modules(model: Model) -> Iterator[tuple[str, torch.nn.Module]]:
-    import torch
-
-    for name, part in sorted(model.pipe.components.items()):
-        if isinstance(part, torch.nn.Module):
-            yield name, part
-
-
-def _state(model: Model) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, part in _modules(model):
-        found |= {f"{name}.{k}": v.detach().clone() for k, v in part.state_dict().items()}
-        hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in part.modules())
-        found[f"{name} hooks"] = hooks
-        found[f"{name} training"] = part.training
-    return found
-
-
-def _same_state(before: dict[str, Any], after: dict[str, Any], when: str) -> None:
-    import torch
-
-    assert before.keys() == after.keys(), f"the model's parameters have other names {when}"
-    for key, value in before.items():
-        same = torch.equal(value, after[key]) if isinstance(value, torch.Tensor) else value == after[key]
-        assert same, f"the model's {key} changed {when}"
 
 
 _STATIC = (
@@ -279,9 +231,7 @@ _STATIC = (
 
 def checks() -> dict[str, Callable[[Subject], None]]:
     """Every check by its name without ``check_``, in the order of this file."""
-    here = globals()
-    named = [(n, f) for n, f in here.items() if n.startswith("check_") and inspect.isfunction(f)]
-    return {n.removeprefix("check_"): f for n, f in named}
+    return named_checks(globals())
 
 
 def applicable(subject: Subject, name: str) -> str | None:
@@ -293,23 +243,3 @@ def applicable(subject: Subject, name: str) -> str | None:
     if subject.cls.family is Family.TRAINING:
         return "a training-time method is fitted by the train suite"
     return None
-
-
-def run_checks(spec: str, model: str = "mini-sd", prompts: str = "planted") -> list[Result]:
-    """Every check on a method. A check that can't run says why; one that raises has failed."""
-    from lethebench.zoo import load_model
-
-    subject = Subject(spec, load_model(model), prompt_set(prompts))
-    results = []
-    for name, function in checks().items():
-        reason = applicable(subject, name)
-        if reason is not None:
-            results.append(Result(name, "skipped", reason))
-            continue
-        try:
-            function(subject)
-            results.append(Result(name, "passed"))
-        except Exception as error:
-            what = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
-            results.append(Result(name, "failed", " ".join(what.split())))
-    return results
