@@ -399,7 +399,8 @@ def all_pairs(
     """The similarity of each of n pictures to each of m, float32 ``[n, m]``.
 
     ``memory`` bounds the bytes used beside inputs and result; it doesn't change a value. Where the moments of
-    all pictures don't fit, those of ``y`` are made again for each part of ``x`` that fits.
+    all pictures don't fit, those of ``y`` are made again for each part of ``x`` that fits. The allocator's
+    own slack comes on top: 5 % of 1 GiB at 500 x 500 pictures of 256 pixels on a CPU.
 
     Raises ValueError for pictures that aren't of one size or device, are too small for the scales, or don't
     fit into ``memory``.

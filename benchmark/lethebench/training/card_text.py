@@ -69,7 +69,7 @@ def _training(card: Figures) -> str:
             f"{diffusion['steps']:,} x {d['batch']} ({epochs})",
         ),
         ("minutes", f"{auto['seconds'] / 60:.1f}", f"{diffusion['seconds'] / 60:.1f}"),
-        ("AdamW, peak rate", f"{a['peak_lr']}", f"{d['peak_lr']}"),
+        ("AdamW, peak rate", f"{a['peak_lr']}", _rates(d)),
         ("loss", ours, theirs),
         ("seed", f"{a['seed']}", f"{d['seed']}"),
     )
@@ -203,3 +203,10 @@ def _share(values: Figures | None) -> str:
         return ""
     number = f" of {values['n']}" if "n" in values else ""
     return f"{100 * values['share']:.1f} %{number}"
+
+
+def _rates(recipe: Mapping[str, Any]) -> str:
+    """The peak learning rate, and that of the second cycle where there was one."""
+    again = recipe.get("steps_again", 0)
+    after = f", then {recipe['peak_lr_again']} for the last {again:,} steps" if again else ""
+    return f"{recipe['peak_lr']}{after}"

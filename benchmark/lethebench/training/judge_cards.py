@@ -16,7 +16,8 @@ all. Stands in for the vision-language judges of the literature (VQA).""",
 fresh scenes that are softened, recoloured, compressed and noised. Among them are negatives of the
 protected characters: nameless figures, figures exactly two features away from a protected one,
 blends, halves, washed out and recoloured characters; and pictures of nothing. Pictures one feature
-away from a protected character are neither: whether they count is undefined. Confidences are
+away from a protected character are neither: whether they count is undefined. A second cycle of the
+learning rate warps the pictures too, since generated outlines waver. Confidences are
 calibrated by one temperature a question (Guo et al. 2017) on validation scenes.""",
     ),
     "segmenter-mini": (
