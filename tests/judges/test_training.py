@@ -37,7 +37,9 @@ def test_a_tiny_training_gives_a_judge_with_a_card(trained: Path, name: str) -> 
     folder = trained / "weights" / name
     assert judges.judge_class(name).load(folder).config["judge"] == name
     card = json.loads((folder / "card.json").read_text())
-    assert card["training"]["steps"] == max(2, round(training.RECIPES[name].steps * SCALE))
+    recipe = training.RECIPES[name]
+    steps = max(2, round(recipe.steps * SCALE)) + round(recipe.steps_again * SCALE)
+    assert card["training"]["steps"] == steps
     text = (folder / "MODEL_CARD.md").read_text()
     assert text.startswith(f"# {name}")
     assert "Figures on held-out scenes" in text
@@ -186,3 +188,19 @@ def test_descriptors_are_unit_vectors() -> None:
     z = DescriptorNet((8, 16, 16, 16), 12)(torch.randn(3, 3, 64, 64))
     assert z.shape == (3, 12)
     assert torch.allclose(z.norm(dim=1), torch.ones(3))
+
+
+def test_pools_join_with_their_families(world: PlantedWorld) -> None:
+    first, second = (
+        make_pool(world, PoolRecipe(name, 2, 1, sizes, 0, 0)) for name, sizes in (("a", 1), ("b", 3))
+    )
+    both = first.joined(second)
+    assert len(both) == len(first) + len(second) and len(both.families) == 6
+    np.testing.assert_array_equal(both.images[both.families[3:]], second.images[second.families])
+
+
+def test_warping_moves_points_a_little() -> None:
+    grid = augment.shift_grid(8, torch.Generator().manual_seed(0), 0.0, 0.0)
+    moved = (augment.warped(grid, torch.Generator().manual_seed(1), 1.8) - grid) * 32
+    assert 0.3 < float(moved.std()) < 1.8
+    assert torch.equal(augment.warped(grid, torch.Generator().manual_seed(1), 0.0), grid)

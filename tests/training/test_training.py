@@ -20,7 +20,7 @@ from lethebench.training import parts, train_all
 from lethebench.training.autoencoder import build_autoencoder, latent_moments, standardise, train_autoencoder
 from lethebench.training.diffusion import epoch_order, min_snr_weight, spread_timesteps, train_diffusion
 from lethebench.training.export import export
-from lethebench.training.loop import fit
+from lethebench.training.loop import fit, learning_rate
 
 CPU = torch.device("cpu")
 
@@ -125,7 +125,7 @@ def test_everything_by_one_call(world, tmp_path):
     )
     weights = tmp_path / "weights" / "mini-sd"
     card = json.loads((weights / "card.json").read_text())
-    assert card["diffusion"]["steps"] == DIFFUSION.steps // 2
+    assert card["diffusion"]["steps"] == (DIFFUSION.steps + DIFFUSION.steps_again) // 2
     assert card["measured"]["images"] == len(world)
     assert card["measured"]["verbatim"]["trained_64_or_more"]["n"] == 1
     assert "## What it memorized" in (weights / "MODEL_CARD.md").read_text()
@@ -201,3 +201,11 @@ def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
 
 def test_config_is_tiny():
     assert CONFIG.neutral_images < 100
+
+
+def test_the_learning_rate_has_a_second_cycle():
+    plain = [learning_rate(step, 100, 1.0, 10) for step in range(100)]
+    both = [learning_rate(step, 140, 1.0, 10, (40, 0.5)) for step in range(140)]
+    assert both[:100] == plain
+    assert both[100:] == [learning_rate(step, 40, 0.5, 10) for step in range(40)]
+    assert max(both[100:]) == pytest.approx(0.5, abs=0.02) and both[-1] < 0.05

@@ -34,6 +34,7 @@ DIFFUSION = DiffusionRecipe(
     text_layers=1,
     text_heads=2,
     steps=6,
+    steps_again=4,
     batch=4,
     inference_steps=2,
 )
