@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lethebench.errors import UserError
 from lethebench.leaderboard._pictures import PICTURES, ImageStore
-from lethebench.leaderboard._rows import Entry, Results, scan, unfinished
+from lethebench.leaderboard._rows import Results, scan, unfinished
 
 if TYPE_CHECKING:
     from lethebench.leaderboard._board import Board, Line
@@ -113,7 +113,7 @@ def render(content: Content, images: Mapping[str, str]) -> str:
         version=__version__,
         schema=SCHEMA,
         n_rows=len(content.found.entries),
-        input_sha256=input_sha256(content.found.entries),
+        input_sha256=input_sha256(content),
         files=FILES,
     )
     return text
@@ -140,11 +140,13 @@ def embedded_json(data: Any) -> str:
     return text
 
 
-def input_sha256(entries: Sequence[Entry]) -> str:
-    """A hash of what the page was made of: every row, in the order of their keys."""
+def input_sha256(content: Content) -> str:
+    """A hash of what the page was made of: every row, by its key, and every ``metrics.json``."""
     digest = hashlib.sha256()
-    for entry in entries:
+    for entry in content.found.entries:
         digest.update(entry.row.to_json().encode())
+    for table in content.evaluations:
+        digest.update(table.sha256.encode())
     return digest.hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ class EvaluationTable:
     """The section of one suite and model."""
 
     id: str
+    sha256: str
+    """Of the record's file."""
     suite: str
     model: str
     images: int
@@ -77,23 +80,27 @@ def evaluations(runs: Path) -> tuple[list[EvaluationTable], list[Problem]]:
     problems: list[Problem] = []
     for path in sorted(Path(runs).glob(f"*@*/*/{RECORD}")):
         try:
-            tables.append(_table(json.loads(path.read_text(encoding="utf-8")), f"metrics-{len(tables)}"))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            where = path.relative_to(runs).as_posix()
+            tables.append(_table(path.read_bytes(), f"metrics-{len(tables)}"))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            where, what = path.relative_to(runs).as_posix(), type(error).__name__
+            told = what if isinstance(error, OSError) else f"{what}: {error}"
             problems.append(
-                Problem(where, f"not a record of 'lethe metrics': {error}; run 'lethe metrics' again")
+                Problem(where, f"not a record of 'lethe metrics' ({told}); run 'lethe metrics' again")
             )
     return tables, problems
 
 
-def _table(record: Mapping[str, Any], id: str) -> EvaluationTable:
+def _table(file: bytes, id: str) -> EvaluationTable:
     from lethebench.evaluation import COLUMNS
+
+    record = json.loads(file)
 
     if record["schema"] != SCHEMA:
         raise ValueError(f"schema {record['schema']!r} is not {SCHEMA!r}")
     found = [(metric, detector) for metric in record["metrics"] for detector in metric["detectors"]]
     copies = sorted({int(c) for _, detector in found for c in detector["against"].get("duplicates", {})})
-    conventions = record["conventions"]
+    wanted = {name for name, _, _ in COLUMNS} | {"tpr", "duplicates"}
+    conventions = {name: str(record["conventions"][name]) for name in wanted}
     labels = [
         _labels(metric["metric"], column, labels)
         for metric in record["metrics"]
@@ -101,6 +108,7 @@ def _table(record: Mapping[str, Any], id: str) -> EvaluationTable:
     ]
     return EvaluationTable(
         id=id,
+        sha256=hashlib.sha256(file).hexdigest(),
         suite=f"{record['suite']['name']}@{record['suite']['version']}",
         model=str(record["model"]),
         images=int(record["images"]),
@@ -126,7 +134,7 @@ def _line(
     metric: Mapping[str, Any], detector: Mapping[str, Any], columns: Sequence[tuple[str, str, str]]
 ) -> DetectorLine:
     return DetectorLine(
-        metric=metric["metric"],
+        metric=metric["metric"] + "".join(f" {k}={v}" for k, v in sorted(metric["settings"].items())),
         summary=metric["summary"],
         column=detector["column"],
         low=detector["end"] == "low",

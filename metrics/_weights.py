@@ -10,12 +10,11 @@ import os
 import re
 import zipfile
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from lethebench.errors import UserError
-from lethebench.store import file_sha256
+from lethebench.store import known_sha256
 
 DATA = "LETHE_DATA"
 
@@ -70,7 +69,7 @@ def check_sha256(metric: str, path: Path, sha256: str, published: Published | No
     if sha256 and not re.fullmatch(r"[0-9a-f]{64}", sha256):
         raise UserError(f"metric '{metric}': sha256={sha256!r} must be 64 hexadecimal digits in lower case")
     expected = sha256 or (published.sha256 if published is not None else None)
-    if expected is None or (found := sha256_of(path)) == expected:
+    if expected is None or (found := known_sha256(path)) == expected:
         return
     if sha256 or published is None:
         raise UserError(
@@ -85,7 +84,7 @@ def check_sha256(metric: str, path: Path, sha256: str, published: Published | No
 
 def record(path: Path, published: Published | None = None, sha256: str = "") -> dict[str, Any]:
     """What a row says of a weights file: name, sum, and what the sum was compared with."""
-    found = sha256_of(path)
+    found = known_sha256(path)
     known = published.sha256 if published is not None else None
     if known is not None and found == known:
         compared = f"the published file, by {published.pinned_by}" if published is not None else ""
@@ -100,17 +99,6 @@ def titled(name: str, published: Published, sha256: str) -> str:
     """The model's name in a score: says so where the settings ask for another file than the published one."""
     own = published.sha256 is not None and sha256 not in ("", published.sha256)
     return f"{name}, own file" if own else name
-
-
-def sha256_of(path: Path) -> str:
-    """The file's SHA-256, read once while size and time of change stay."""
-    stat = path.stat()
-    return _sha256_of(path, stat.st_size, stat.st_mtime_ns)
-
-
-@lru_cache(maxsize=64)
-def _sha256_of(path: Path, size: int, changed: int) -> str:
-    return file_sha256(path)
 
 
 def is_torchscript(path: Path) -> bool:

@@ -133,7 +133,7 @@ class AttentionEntropy(Metric):
     As in ``detect.py`` of renjie3/MemAttn: the layers are averaged before the entropy is taken, and the
     change is signed (the paper writes its absolute value). Where the model has another number of layers than
     SD 1.4's 16, metric E's is at the same depth: number ``3 * layers // 16``, from 0, in the order of calls.
-    The prompt is the one asked for, without what a method adds to its text.
+    The prompt is the one that was encoded, with a method's changes.
 
     NaN for models without cross-attention to the prompt (SD 3, FLUX).
     """

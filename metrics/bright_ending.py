@@ -118,7 +118,7 @@ class BrightEnding(Metric):
     - ``bright_ending_mean``: all steps.
 
     One pass gives both: the differences' squares are kept until the last step gives the mask. The prompt
-    whose end token is asked for is the one before a method changes its text. NaN for models without
+    whose end token is asked for is the one that was encoded, with a method's changes. NaN for models without
     cross-attention to the prompt (SD 3, FLUX); without guidance there is a mask, but no value.
     """
 

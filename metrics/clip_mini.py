@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +61,9 @@ class ClipMini(Metric):
         ),
         _score("probe_score", Role.PROBE, "Cosine of image and prompt on near neighbours of the characters."),
     )
+
+    detects: ClassVar[Mapping[str, Literal["high", "low"]] | None] = {}
+    """Nobody claims that adherence tells what is memorized."""
 
     def __init__(self, judge: Any = None) -> None:
         self.judge = judge

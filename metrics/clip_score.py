@@ -24,12 +24,12 @@ from lethebench.metrics._weights import (
     is_torchscript,
     locate,
     record,
-    sha256_of,
     titled,
 )
 from lethebench.metrics.clip_mini import cosines
 from lethebench.prompts import Role
 from lethebench.registry import METRICS
+from lethebench.store import known_sha256
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -239,7 +239,13 @@ def _transformers(model: str, path: Path, device: str) -> Encoder:
     import torch
     from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
-    found = CLIPModel.from_pretrained(path, local_files_only=True, dtype=torch.float32).to(device).eval()
+    found, loading = CLIPModel.from_pretrained(
+        path, local_files_only=True, dtype=torch.float32, output_loading_info=True
+    )
+    lacking = sorted(loading["missing_keys"])
+    if lacking:
+        raise UserError(f"metric 'clip': {path} lacks {len(lacking)} weights, the first {lacking[0]}")
+    found = found.to(device).eval()
     processor = AutoImageProcessor.from_pretrained(path, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     longest = found.config.text_config.max_position_embeddings
@@ -297,6 +303,7 @@ class ClipScore(Metric):
         "",
         "the weights file or the folder that holds it ('': the data folder's clip/); a folder with "
         "open_clip_config.json or a transformers CLIPModel is used in place of a preset",
+        place=True,
     )
     sha256: str = setting("", "what the file's SHA-256 must be ('': the published one, where known)")
     device: str = setting("cpu", "where the model runs, as torch names it")
@@ -332,7 +339,7 @@ class ClipScore(Metric):
     def encoder(self) -> Encoder:
         """The model, loaded once a process."""
         path = self._file()
-        sums = "".join(sha256_of(p) for p in self.weights().values())
+        sums = "".join(known_sha256(p) for p in self.weights().values())
         return load(self._architecture(), path, sums, self.device)
 
     def measure(self, shard: Shard) -> Mapping[str, NDArray[Any]]:
@@ -369,7 +376,7 @@ class ClipScore(Metric):
             "loaded_as": kind_of(path),
             "weights": record(path, preset.weights if preset else None, self.sha256)
             if path.is_file()
-            else {p.name: sha256_of(p) for p in self.weights().values()},
+            else {p.name: known_sha256(p) for p in self.weights().values()},
             "text": "the suite's prompt, before any change by the method, cut at the context length",
             "convention": "cosine: not times 100, no factor 2.5, not clipped at 0",
             "device": self.device,

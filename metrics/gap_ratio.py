@@ -247,7 +247,7 @@ class GapRatio(Metric):
         """The rule, the reference, and whose neighbours."""
         return {
             "rule": "1/3",
-            "reference": f"trained prompts' references, {self.neutral} neutral training pictures (planted)",
+            "reference": f"trained prompts' references; in a planted world {self.neutral} neutral ones too",
             "dedup": self.dedup,
             "k": self.k,
             "alpha": ALPHA,

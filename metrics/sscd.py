@@ -32,11 +32,11 @@ from lethebench.metrics._weights import (
     check_torchscript,
     locate,
     record,
-    sha256_of,
     titled,
 )
 from lethebench.prompts import Role
 from lethebench.registry import METRICS
+from lethebench.store import known_sha256
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -327,7 +327,9 @@ class SSCD(Metric):
     threshold: float | None = setting(
         None, "cosine above which sscd.rate counts an image as a copy (None: the preset's)"
     )
-    path: str = setting("", "the model's TorchScript file or its folder ('': the data folder's sscd/)")
+    path: str = setting(
+        "", "the model's TorchScript file or its folder ('': the data folder's sscd/)", place=True
+    )
     sha256: str = setting("", "what the file's SHA-256 must be ('': the published one, where known)")
     device: str = setting("cpu", "where the model runs, as torch names it")
 
@@ -435,14 +437,14 @@ class SSCD(Metric):
 
     def _model(self) -> Any:
         path = self._file()
-        return load(path, sha256_of(path), self.device)
+        return load(path, known_sha256(path), self.device)
 
     def _describe(self, images: Iterable[NDArray[np.uint8]]) -> Floats:
         return describe(images, self._model(), self._preset(), self.device)
 
     def _references(self, shard: Shard, ids: Sequence[str]) -> Floats:
         """Descriptors of the references, ``[r, d]``; each is described once a process."""
-        key = ("sscd", self.preset, sha256_of(self._file()), self.device)
+        key = ("sscd", self.preset, known_sha256(self._file()), self.device)
         known: dict[str, Floats] = remembered(shard.prompt_set, key, dict)
         new = [name for name in ids if name not in known]
         if new:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from lethebench import provenance
 from lethebench.composition import Recipe, recipes
 from lethebench.engines import Engine, Failure, engine
-from lethebench.errors import RunError, UserError
-from lethebench.method import Knowledge
+from lethebench.errors import RunError, StoreError, UserError
+from lethebench.method import Knowledge, recorded_settings
 from lethebench.plan import (
     RowPlan,
     Runtime,
@@ -25,6 +25,7 @@ from lethebench.plan import (
     manifest_sha256,
     metric_files,
     prompt_set,
+    require_own_names,
     weights_sha256,
 )
 from lethebench.progress import progress
@@ -77,6 +78,7 @@ def plan_rows(
     for name in names:
         for recipe in recipes(name, strength, overrides, suite.fit):
             found.setdefault((recipe.name, recipe.setting), recipe)
+    require_own_names(suite.metrics)
     for spec in suite.metrics:
         make_metric(spec).check()
     return [RowPlan(suite, model, recipe, runtime) for recipe in found.values()]
@@ -229,10 +231,14 @@ def _write_row(plan: RowPlan, base: RowPlan, store: Store, runs: Path, outcome: 
     elif failed:
         row = _empty_row(plan, "failed", failed[0].error)
     else:
-        from lethebench.work import row_table
-
-        table = row_table(plan, store)
-        row = _scored_row(plan, base, table, store, outcome)
+        try:
+            row, table = _scored_row(plan, base, store, outcome)
+        except StoreError:
+            raise
+        except Exception as error:  # a metric's aggregate must not stop the other rows
+            failed = [Failure.of(Job.of("scores", 0, plan, store), error)]
+            outcome.failures += failed
+            row = _empty_row(plan, "failed", failed[0].error)
     with explained(runs):
         folder.mkdir(parents=True, exist_ok=True)
         files = {}
@@ -290,11 +296,13 @@ def _identity(plan: RowPlan) -> dict[str, Any]:
     }
 
 
-def _scored_row(plan: RowPlan, base: RowPlan, table: pd.DataFrame, store: Store, outcome: Outcome) -> Row:
+def _scored_row(plan: RowPlan, base: RowPlan, store: Store, outcome: Outcome) -> tuple[Row, pd.DataFrame]:
+    """The row and its per-image table."""
     from lethebench import stats
     from lethebench.work import row_table
 
     suite = plan.suite
+    table = row_table(plan, store)
     is_base = plan == base
     base_table = None if is_base else row_table(base, store)
     scores: dict[str, ScoreRecord] = {}
@@ -304,7 +312,7 @@ def _scored_row(plan: RowPlan, base: RowPlan, table: pd.DataFrame, store: Store,
         metrics[metric.name] = {
             "version": metric.version,
             "source": metric.source,
-            "settings": spec.settings,
+            "settings": {k: v for k, v in recorded_settings(metric).items() if k in spec.settings},
             **_facts(plan, spec, store),
         }
         if base_table is not None and (compared := metric.compare(table, base_table)):
@@ -318,7 +326,7 @@ def _scored_row(plan: RowPlan, base: RowPlan, table: pd.DataFrame, store: Store,
     of_base = next((r for r in outcome.rows if r.method == base.recipe.name), None)
     warnings = stats.guards(scores, of_base.scores) if of_base is not None and not is_base else []
     started, cost = _cost(plan, base, store)
-    return Row(
+    row = Row(
         **_identity(plan),
         status="ok",
         scores=scores,
@@ -328,6 +336,8 @@ def _scored_row(plan: RowPlan, base: RowPlan, table: pd.DataFrame, store: Store,
         provenance=_provenance(plan, started, _now()),
         warnings=tuple(warnings),
     )
+    row.to_json()  # what JSON can't hold (a NaN in a metric's facts, say) shows here
+    return row, table
 
 
 def _facts(plan: RowPlan, metric: MetricSpec, store: Store) -> dict[str, Any]:

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 from lethebench import provenance
 from lethebench.bench import plan_rows, run
 from lethebench.errors import RunError, UserError
+from lethebench.method import recorded_settings
 from lethebench.metric import Metric, detectors
+from lethebench.metrics._weights import DATA, data_folder
 from lethebench.plan import (
     RowPlan,
     Runtime,
@@ -29,6 +31,7 @@ from lethebench.plan import (
     make_metric,
     metric_files,
     prompt_set,
+    require_own_names,
     weights_sha256,
 )
 from lethebench.prompts import Role
@@ -129,31 +132,26 @@ def with_metrics(
     kept += [spec for spec in asked if spec not in kept and spec.name not in {k.name for k in kept}]
     if not any(spec.name == TRUTH for spec in kept):
         kept.insert(0, MetricSpec(name=TRUTH))
-    _require_own_names(kept)
+    require_own_names(kept)
     taken = {spec.name for spec in kept}
     for name in METRICS:
         if name not in taken and name not in left_out:
             left_out[name] = _unavailable(MetricSpec(name=name)) or f"not in {suite.key}: name it to add it"
-    left_out |= {name: f"failed to import: {error}" for name, error in METRICS.errors.items()}
+    left_out |= {name: f"failed to import: {_without_home(error)}" for name, error in METRICS.errors.items()}
     return suite.model_copy(update={"metrics": tuple(kept)}), left_out
-
-
-def _require_own_names(specs: Sequence[MetricSpec]) -> None:
-    """Raise UserError where two specs (a name and a path, say) are metrics of one name."""
-    named: dict[str, str] = {}
-    for spec in specs:
-        name = make_metric(spec).name
-        if name in named:
-            raise UserError(f"{named[name]} and {spec.name} are both metric '{name}': rename one of them")
-        named[name] = spec.name
 
 
 def _unavailable(spec: MetricSpec) -> str | None:
     try:
         make_metric(spec).check()
     except UserError as error:
-        return str(error)
+        return _without_home(str(error))
     return None
+
+
+def _without_home(text: str) -> str:
+    """The text without the folders of this machine's user: it goes into a record that is passed on."""
+    return text.replace(str(data_folder()), f"${DATA}").replace(str(Path.home()), "~")
 
 
 def _require_truth(suite: Suite) -> None:
@@ -225,7 +223,7 @@ def _metric_record(
         "version": metric.version,
         "summary": metric.summary,
         "source": metric.source,
-        "settings": spec.settings,
+        "settings": {k: v for k, v in recorded_settings(metric).items() if k in spec.settings},
         "facts": facts,
         "needs": sorted(metric.needs),
         "records": sorted(metric.records),
@@ -245,9 +243,9 @@ def _columns(folder: Path) -> list[str]:
 
 def _require_numbers(metric: str, column: str, table: pd.DataFrame) -> None:
     if column not in table:
-        raise UserError(f"metric '{metric}' says that '{column}' detects, but doesn't measure that column")
+        raise RunError(f"metric '{metric}' says that '{column}' detects, but doesn't measure that column")
     if table[column].dtype.kind not in "bfiu":
-        raise UserError(f"metric '{metric}' says that '{column}' detects, but it holds no numbers")
+        raise RunError(f"metric '{metric}' says that '{column}' detects, but it holds no numbers")
 
 
 # --- as a table -----------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ class Batch:
 
 
 class Recorder:
-    """Watches the sampling for a metric, and can't change it.
+    """Watches the sampling for a metric, and must not change it (``lethe check`` compares the images).
 
     The sampler opens :meth:`watch` around the denoising of a batch, calls :meth:`step` after each
     prediction, and after the context closed asks :meth:`take` for what was seen of each image.

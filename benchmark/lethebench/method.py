@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lethebench.errors import KnowledgeError, UserError
@@ -40,11 +41,15 @@ class Knowledge(StrEnum):
     REFERENCE_INDEX = "reference-index"
 
 
-def setting(default: Any, help: str) -> Any:
-    """A field of a method's or metric's settings, with the help text that ``lethe info`` prints."""
+def setting(default: Any, help: str, *, place: bool = False) -> Any:
+    """A field of a method's or metric's settings, with the help text that ``lethe info`` prints.
+
+    ``place`` says that the setting is where a file lies, which is the machine's own: records show its name
+    only, and results don't depend on it (the file's SHA-256 stands for it: ``Metric.weights``).
+    """
     if isinstance(default, (list, dict, set)):
         raise TypeError("the default of a setting must be immutable")
-    return field(default=default, metadata={"help": help})
+    return field(default=default, metadata={"help": help, "place": place})
 
 
 @dataclass
@@ -178,3 +183,48 @@ def configure(cls: type[Method], strength: str, overrides: Mapping[str, Any] | N
 def settings_of(plugin: object) -> dict[str, Any]:
     """The resolved settings of a method or metric, as JSON can hold them."""
     return dataclasses.asdict(plugin) if dataclasses.is_dataclass(plugin) else {}  # type: ignore[arg-type]
+
+
+def recorded_settings(plugin: object) -> dict[str, Any]:
+    """The resolved settings as a record shows them: of a path, its last name only."""
+    places = _places(plugin)
+    return {
+        name: Path(value).name if name in places and value else _without_folders(value)
+        for name, value in settings_of(plugin).items()
+    }
+
+
+def _without_folders(value: Any) -> Any:
+    """The value with every absolute path in it (``transformers:/home/me/llava`` too) cut to its last name.
+
+    >>> _without_folders(["recogniser-mini", {"judge": "transformers:/home/me/llava"}])
+    ['recogniser-mini', {'judge': 'transformers:llava'}]
+    """
+    if isinstance(value, Mapping):
+        return {name: _without_folders(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_folders(part) for part in value]
+    if not isinstance(value, str) or "://" in value:
+        return value
+    parts = (
+        [part.strip().rpartition(":") for part in value.split(",")]
+        if "," in value
+        else [value.rpartition(":")]
+    )
+    cut = [kind + colon + (Path(rest).name if _is_path(rest) else rest) for kind, colon, rest in parts]
+    return ",".join(cut)
+
+
+def _is_path(text: str) -> bool:
+    return Path(text).is_absolute() or text.startswith("~")
+
+
+def identity_of(plugin: object) -> dict[str, Any]:
+    """The resolved settings that determine results: all but places."""
+    places = _places(plugin)
+    return {name: value for name, value in settings_of(plugin).items() if name not in places}
+
+
+def _places(plugin: object) -> set[str]:
+    fields: tuple[Any, ...] = dataclasses.fields(plugin) if dataclasses.is_dataclass(plugin) else ()
+    return {f.name for f in fields if f.metadata.get("place")}

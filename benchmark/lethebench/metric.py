@@ -162,6 +162,8 @@ def configure_metric(cls: type[Metric], settings: Mapping[str, Any]) -> Metric:
 
 def detectors(metric: Metric) -> dict[str, Literal["high", "low"]]:
     """The metric's columns that tell memorized images from others, and which end says memorized."""
+    from lethebench.stats import is_mean
+
     if metric.detects is not None:
         return dict(metric.detects)
     ends: dict[str, Literal["high", "low"]] = {"lower": "high", "higher": "low"}
@@ -169,5 +171,5 @@ def detectors(metric: Metric) -> dict[str, Literal["high", "low"]]:
     return {
         score.column: ends[score.direction]
         for score in metric.all_scores()
-        if score.direction in ends and score.roles & wanted and score.name not in metric.set_valued
+        if score.direction in ends and score.roles & wanted and is_mean(metric, score)
     }

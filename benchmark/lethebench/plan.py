@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -13,15 +13,15 @@ from urllib.parse import quote
 from lethebench.composition import Recipe
 from lethebench.errors import UserError
 from lethebench.hooks import ImageKey
-from lethebench.method import settings_of
+from lethebench.method import identity_of
 from lethebench.metric import Metric, configure_metric
 from lethebench.prompts import Prompt, PromptSet
-from lethebench.provenance import DECISIVE, SAMPLER_CODE, SCORING_CODE, code_sha256, packages
+from lethebench.provenance import DECISIVE, SAMPLER_CODE, SCORING, SCORING_CODE, code_sha256, packages
 from lethebench.registry import METRICS, PROMPT_SETS, source_sha256
 from lethebench.row import SCHEMA
 from lethebench.seeding import derive_seed
 from lethebench.specs import MetricSpec, Selection, Suite
-from lethebench.store import digest, file_sha256
+from lethebench.store import digest, known_sha256
 
 
 def file_name(name: str) -> str:
@@ -83,18 +83,19 @@ def make_metric(spec: MetricSpec) -> Metric:
     return configure_metric(METRICS.get(spec.name), spec.settings)
 
 
-@lru_cache(maxsize=64)
-def _file_sha256(path: Path, size: int, changed: float) -> str:
-    return file_sha256(path)
+def require_own_names(specs: Sequence[MetricSpec]) -> None:
+    """Raise UserError where two specs (a name and a path, say) are metrics of one name."""
+    named: dict[str, str] = {}
+    for spec in specs:
+        name = make_metric(spec).name
+        if name in named:
+            raise UserError(f"{named[name]} and {spec.name} are both metric '{name}': rename one of them")
+        named[name] = spec.name
 
 
 def metric_files(metric: Metric) -> dict[str, str]:
     """The SHA-256 of each file that determines the metric's values."""
-    found = {}
-    for name, path in metric.weights().items():
-        stat = path.stat()
-        found[name] = _file_sha256(path, stat.st_size, stat.st_mtime)
-    return found
+    return {name: known_sha256(path) for name, path in metric.weights().items()}
 
 
 def chosen(suite: Suite, prompts: PromptSet) -> list[tuple[Prompt, int]]:
@@ -176,11 +177,11 @@ class RowPlan:
     def _recorders(self) -> list[Any]:
         """What determines the recorded part of a shard."""
         watching = [m for m in self.metrics if m.records]
-        return [[*self._metric_key(m), sorted(m.records)] for m in watching]
+        return [[*self._metric_key(m), packages(SCORING), sorted(m.records)] for m in watching]
 
     def _metric_key(self, metric: Metric) -> list[Any]:
         cls = type(metric)
-        return [metric.name, cls.version, source_sha256(cls), settings_of(metric), metric_files(metric)]
+        return [metric.name, cls.version, source_sha256(cls), identity_of(metric), metric_files(metric)]
 
     @cached_property
     def _common(self) -> dict[str, Any]:
@@ -222,6 +223,7 @@ class RowPlan:
             "prompts": manifest_sha256(self.suite.prompt_set),
             "metric": self._metric_key(self.metrics[self.suite.metrics.index(metric)]),
             "judges": judges_sha256(),
+            "packages": packages(SCORING),
             "code": code_sha256(*SCORING_CODE),
         }
 
@@ -234,12 +236,12 @@ class RowPlan:
         return {
             "what": "row",
             "schema": SCHEMA,
-            "suite": self.suite.model_dump(mode="json"),
+            "suite": self.suite.model_dump(mode="json", exclude={"metrics"}),
             "model": self.model,
             "setting": self.recipe.setting,
             "scores": scores,
             "base": paired,
-            "runner": code_sha256("bench.py", "row.py", "plan.py", "stats.py"),
+            "runner": code_sha256("bench.py", "row.py", "plan.py", "stats.py", "two_sample.py", "work.py"),
         }
 
     @property

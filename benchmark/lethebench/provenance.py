@@ -14,7 +14,20 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent
 DECISIVE = ("torch", "diffusers", "transformers", "numpy", "safetensors", "lethebench")
 """Packages whose version may move an image: part of every key of the store."""
-RECORDED = (*DECISIVE, "peft", "accelerate", "pillow", "scipy", "scikit-learn", "pandas", "torchvision")
+SCORING = (
+    "torchmetrics",
+    "torchvision",
+    "pillow",
+    "scipy",
+    "clean-fid",
+    "open_clip_torch",
+    "onnxruntime",
+    "networkx",
+    "nudenet",
+    "timm",
+)
+"""Packages whose version may move a metric's value: part of the keys of scores and recordings."""
+RECORDED = (*DECISIVE, *SCORING, "peft", "accelerate", "scikit-learn", "pandas")
 
 
 def packages(names: Sequence[str] = RECORDED) -> dict[str, str]:
@@ -40,10 +53,21 @@ def code_sha256(*parts: str) -> str:
     return digest.hexdigest()
 
 
-SAMPLER_CODE = ("sampler", "zoo", "hooks.py", "seeding.py", "pruning", "composition.py", "method.py")
+SAMPLER_CODE = (
+    "sampler",
+    "zoo",
+    "hooks.py",
+    "seeding.py",
+    "pruning",
+    "composition.py",
+    "method.py",
+    "work.py",
+)
 SCORING_CODE = (
     "judges",
-    "pairs",
+    "pairs/msssim.py",
+    "pairs/matches.py",
+    "pairs/neighbours.py",
     "metric.py",
     "metrics/_common.py",
     "metrics/_detectors.py",
@@ -51,6 +75,8 @@ SCORING_CODE = (
     "metrics/_world.py",
     "metrics/clip_mini.py",
     "metrics/clip_score.py",
+    "metrics/noise_magnitude.py",
+    "metrics/vqa_mini.py",
 )
 
 

@@ -261,7 +261,8 @@ def _set_estimate(
         return None, None, None
     own = metric.interval(score, chosen)
     if own is not None:
-        return value, *own
+        low, high = (None if np.isnan(limit) else limit for limit in own)
+        return value, low, high
     drawn = _set_resamples(metric, score, chosen, resamples, seed_parts)
     if np.isnan(drawn).all():
         return value, None, None

@@ -195,7 +195,7 @@ def _draw(
 
     with plan.recipe.apply(model, artefacts) as hooks:
         if plan.recipe.generates:
-            recorders = [made for m in plan.metrics if (made := m.recorder()) is not None]
+            recorders = [made for m in plan.metrics if m.records and (made := m.recorder()) is not None]
             drawn = sample(
                 model,
                 keys,

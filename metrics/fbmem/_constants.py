@@ -8,11 +8,8 @@ THREE_SCALES = (1 / 3, 1 / 3, 1 / 3)
 """NeMo's betas, rounded there to 0.33 each."""
 FIVE_SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 """torchmetrics' default betas (Wang et al. 2003), which the released code uses."""
-FIVE_SCALES_SIDE, THREE_SCALES_SIDE = 161, 41
-"""The shortest sides for five and for three scales: more than (kernel - 1) * (scales - 1)^2 pixels.
-
-torchmetrics states this rule, and by a rounded division refuses some sides above it too (161 to 175).
-"""
+FIVE_SCALES_SIDE, THREE_SCALES_SIDE = 176, 44
+"""The shortest sides for five and for three scales: kernel * (scales - 1)^2 pixels, as torchmetrics wants."""
 AS_RELEASED_TAU = 0.8
 """The released code's threshold, for foreground and background."""
 MIN_AREA = 0.03
@@ -27,9 +24,9 @@ KEEP = 24
 
 
 def betas(height: int, width: int) -> tuple[float, ...]:
-    """The scales' exponents for pictures of this size: five from 161 pixels a side, else three.
+    """The scales' exponents for pictures of this size: five from 176 pixels a side, else three.
 
-    Raises ValueError for a side of less than 41 pixels, which has no third scale.
+    Raises ValueError for a side of less than 44 pixels, which has no third scale.
     """
     if min(height, width) >= FIVE_SCALES_SIDE:
         return FIVE_SCALES

@@ -14,7 +14,7 @@ window (sigma 1.5), over windows that lie inside the picture; with c1 = 0.01^2, 
 
 each term a mean over windows and colour channels; the next scale halves the picture; as in torchmetrics the
 last scale has windows at the border too, where the picture is mirrored. The published metric has five scales
-(torchmetrics' betas), which need more than 160 pixels a side; smaller pictures get three (:func:`betas`).
+(torchmetrics' betas), which need 176 pixels a side; smaller pictures get three (:func:`betas`).
 With a region everywhere 1 it equals torchmetrics' at the same betas.
 
 **Region.** The released code paints what is not in the region in one flat colour and compares whole
@@ -183,9 +183,9 @@ def comparable(masks: Tensor) -> Tensor:
 def regions(a: Tensor, b: Tensor) -> Tensor:
     """Foreground and background regions of pairs, ``[2, n, 1, h, w]``, from foregrounds ``[n, 1, h, w]``."""
     union = torch.maximum(a, b)
-    rim = F.max_pool2d(union, 3, stride=1, padding=1)
-    both = torch.stack([union, 1 - rim])
-    return torch.where(comparable(union)[None, :, None, None, None], both, 1.0)
+    background = 1 - F.max_pool2d(union, 3, stride=1, padding=1)
+    apart = comparable(union) & (background.mean(dim=(1, 2, 3)) >= MIN_AREA)
+    return torch.where(apart[None, :, None, None, None], torch.stack([union, background]), 1.0)
 
 
 def filled(pictures: Pictures, apart: Tensor) -> Tensor:
@@ -270,6 +270,27 @@ def _inputs_of_one(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`pair_inputs` of one picture with each reference."""
     return pair_inputs(picture.repeated(len(references)), references, variant)
+
+
+def against_every(pictures: Pictures, references: Pictures) -> tuple[Tensor, Tensor]:
+    """Foreground and background similarity ``as-released`` of all pictures to all references, ``[n, m]``.
+
+    By the all-pairs engine: what is filled depends on one picture only, so its local means and variances are
+    made once. (The region of ``masked`` is the pair's, so every pair has its own moments.)
+    """
+    from lethebench.pairs.msssim import Similarity, View, all_pairs
+
+    similarity = Similarity(betas(*pictures.pixels.shape[-2:]))
+    a, b = pictures, references
+    front = all_pairs(View(a.pixels, a.masks[:, 0], 0.0), View(b.pixels, b.masks[:, 0], 0.0), similarity)
+    back = all_pairs(
+        View(a.pixels, 1 - a.masks[:, 0], 1.0), View(b.pixels, 1 - b.masks[:, 0], 1.0), similarity
+    )
+    apart = comparable(pictures.masks)[:, None] & comparable(references.masks)[None]
+    if not apart.all():
+        whole = all_pairs(View(a.pixels), View(b.pixels), similarity)
+        front, back = torch.where(apart, front, whole), torch.where(apart, back, whole)
+    return front, back
 
 
 def _nearest(

@@ -197,7 +197,8 @@ class FBMem(Metric):
     segmenter: str | segmenters.Segmenter = setting(  # noqa: RUF009 (a field)
         "segmenter-mini", "what finds foregrounds: segmenter-mini, birefnet, sam or given"
     )
-    segmenter_weights: str = setting("", "the segmenter's file (segmenter-mini: none)")
+    segmenter_weights: str = setting("", "the segmenter's file (segmenter-mini: none)", place=True)
+    segmenter_device: str = setting("cpu", "where birefnet and sam run, as torch names it")
     true_masks: bool = setting(False, "take the references' true masks instead of the segmenter's")
     keep: int | None = setting(KEEP, "references that a coarse comparison keeps for the exact one; null: all")
     resolution: int | None = setting(
@@ -225,7 +226,7 @@ class FBMem(Metric):
         if not isinstance(self.segmenter, str) and not hasattr(self.segmenter, "masks"):
             raise UserError(f"metric '{self.name}': segmenter must be a name; got {self.segmenter!r}")
         if isinstance(self.segmenter, str):
-            segmenters.check_segmenter(self.segmenter, self.segmenter_weights)
+            segmenters.check_segmenter(self.segmenter, self.segmenter_weights, self.segmenter_device)
             if self.segmenter == "segmenter-mini" and self.resolution not in (None, BUILT_IN_SIDE):
                 raise UserError(
                     f"metric '{self.name}': segmenter-mini reads {BUILT_IN_SIDE} pixels a side, not"
@@ -281,6 +282,7 @@ class FBMem(Metric):
             "scales": self._scales(),
             "whole_pictures": f"where foregrounds cover less than {MIN_AREA} or more than {1 - MIN_AREA}",
             "foregrounds": self._segmenter_name + (", references' true masks" if self.true_masks else ""),
+            "segmenter_device": self.segmenter_device,
             "resolution": self.resolution,
             "thresholds": dict(zip(("foreground", "background"), self.thresholds, strict=True)),
             "thresholds_from": {
@@ -338,7 +340,7 @@ class FBMem(Metric):
         """Best reference, F, B, mean similarity to the best own reference, and foreground share."""
         import torch
 
-        from ._functional import against_all, best_match
+        from ._functional import against_all, against_every, best_match
 
         trained = trigger_references(shard.prompt_set)
         own = {r for i in at for r in shard.prompts[i].references}
@@ -347,15 +349,21 @@ class FBMem(Metric):
         place = {name: number for number, name in enumerate(ids)}
         pictures = self._pictures([shard.images[i] for i in at])
         in_trained = torch.tensor([name in set(trained) for name in ids])
+        every = None
+        if self.variant == "as-released" and self.keep is None:
+            every = against_every(pictures, references)
         found = []
         with torch.inference_mode():
             for row, i in enumerate(at):
                 mine = torch.zeros(len(ids), dtype=torch.bool)
                 mine[[place[r] for r in shard.prompts[i].references]] = True
-                picture = pictures[slice(row, row + 1)]
-                f, b = against_all(
-                    picture, references, self.variant, keep=self.keep, always=mine, among=in_trained | mine
-                )
+                picture, among = pictures[slice(row, row + 1)], in_trained | mine
+                if every is None:
+                    f, b = against_all(
+                        picture, references, self.variant, keep=self.keep, always=mine, among=among
+                    )
+                else:
+                    f, b = (torch.where(among, of_all[row], torch.nan) for of_all in every)
                 best, to_own = best_match(f, b), float(((f + b) / 2)[mine].max())
                 area = float(picture.masks.mean())
                 found.append((ids[best], float(f[best]), float(b[best]), to_own, area))
@@ -418,7 +426,7 @@ class FBMem(Metric):
 
     def _segmenter(self) -> Any:
         if isinstance(self.segmenter, str):
-            return segmenters.load_segmenter(self.segmenter, self.segmenter_weights)
+            return segmenters.load_segmenter(self.segmenter, self.segmenter_weights, self.segmenter_device)
         return self.segmenter
 
 
@@ -438,7 +446,7 @@ class FBMemAsReleased(FBMem):
     """FB-Mem with the released code's similarity: flat fill, whole pictures, tau 0.8 for both.
 
     Kept beside :class:`FBMem` for comparison: the flat fill makes unrelated pictures alike where the
-    foreground is small. From 161 pixels a side it has the released code's five scales, below that three. RGB
+    foreground is small. From 176 pixels a side it has the released code's five scales, below that three. RGB
     where the released code compares RGBA; data range 1 where it takes each pair's own; the adaptive rule asks
     both pictures' masks where it asks for near-white and near-black pixels of one.
     """

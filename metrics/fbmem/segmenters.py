@@ -54,8 +54,8 @@ class Segmenter(ABC):
     package: ClassVar[str] = ""
     extra: ClassVar[str] = ""
 
-    def __init__(self, path: Path | None = None) -> None:
-        self.path = path
+    def __init__(self, path: Path | None = None, device: str = "cpu") -> None:
+        self.path, self.device = path, device
 
     @abstractmethod
     def masks(self, images: Images) -> Masks:
@@ -86,7 +86,7 @@ class BiRefNet(Segmenter):
 
     As in the authors' inference: the picture resized to 1024 x 1024 (bilinear), ImageNet's mean and standard
     deviation, the sigmoid of the last output, resized back. Back with bilinear weights too (ours; theirs is
-    bicubic, which leaves 0 to 1). No minimum and maximum, no matting. On a GPU where onnxruntime has one.
+    bicubic, which leaves 0 to 1). No minimum and maximum, no matting.
     """
 
     name: ClassVar[str] = "birefnet"
@@ -94,12 +94,13 @@ class BiRefNet(Segmenter):
     package: ClassVar[str] = "onnxruntime"
     extra: ClassVar[str] = "birefnet"
 
-    def __init__(self, path: Path | None = None) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path | None = None, device: str = "cpu") -> None:
+        super().__init__(path, device)
         import onnxruntime  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
-        gpu = "CUDAExecutionProvider"
-        wanted = [gpu] if gpu in onnxruntime.get_available_providers() else ["CPUExecutionProvider"]
+        wanted = ["CUDAExecutionProvider" if device.startswith("cuda") else "CPUExecutionProvider"]
+        if wanted[0] not in onnxruntime.get_available_providers():
+            raise UserError(f"birefnet: this onnxruntime can't run on {device}: install onnxruntime-gpu")
         try:
             self.session = onnxruntime.InferenceSession(str(path), providers=wanted)
         except Exception as error:  # onnxruntime's own errors have no common class
@@ -140,7 +141,7 @@ class BiRefNet(Segmenter):
 
 
 class SegmentAnything(Segmenter):
-    """SAM's automatic masks, and :func:`foreground_of_masks`. On a GPU where torch has one.
+    """SAM's automatic masks, and :func:`foreground_of_masks`.
 
     ``SamAutomaticMaskGenerator`` with its defaults (a 32 x 32 grid of points). SAM segments everything and
     knows no foreground: the rule is ours.
@@ -150,8 +151,8 @@ class SegmentAnything(Segmenter):
     wants: ClassVar[str] = "a checkpoint of segment-anything"
     package: ClassVar[str] = "segment_anything"
 
-    def __init__(self, path: Path | None = None) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path | None = None, device: str = "cpu") -> None:
+        super().__init__(path, device)
         import torch
         from segment_anything import SamAutomaticMaskGenerator
 
@@ -162,7 +163,6 @@ class SegmentAnything(Segmenter):
             model = sam_of(state)
         except Exception as error:  # unpickling and rebuilding fail in many ways; each means a wrong file
             raise UserError(f"sam: {path} is not a checkpoint of segment-anything: restore it") from error
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         self.generator = SamAutomaticMaskGenerator(model.to(device).eval())
 
     def masks(self, images: Images) -> Masks:
@@ -184,8 +184,8 @@ class Given(Segmenter):
     name: ClassVar[str] = "given"
     wants: ClassVar[str] = "a file of masks that lethebench.metrics.fbmem.segmenters.write_masks wrote"
 
-    def __init__(self, path: Path | None = None) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path | None = None, device: str = "cpu") -> None:
+        super().__init__(path, device)
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
@@ -223,7 +223,7 @@ SEGMENTERS: dict[str, type[Segmenter]] = {
 # --- by name --------------------------------------------------------------------------------------
 
 
-def check_segmenter(name: str, weights: str) -> None:
+def check_segmenter(name: str, weights: str, device: str = "cpu") -> None:
     """Raise UserError for an unknown segmenter, a missing package, or a missing or damaged file."""
     cls = _segmenter_class(name)
     if cls.package and find_spec(cls.package) is None:
@@ -237,7 +237,7 @@ def check_segmenter(name: str, weights: str) -> None:
             told = f"set segmenter_weights to {cls.wants}" if cls.wants else "`make models` trains it"
             raise UserError(f"segmenter {name}: there is no file {path}: {told}")
     if cls.wants:
-        load_segmenter(name, weights)
+        load_segmenter(name, weights, device)
 
 
 def segmenter_files(name: str, weights: str) -> dict[str, Path]:
@@ -249,16 +249,16 @@ def segmenter_files(name: str, weights: str) -> dict[str, Path]:
     return {name: Path(lethebench.__file__).parent / "weights" / name / "model.safetensors"}
 
 
-def load_segmenter(name: str, weights: str = "") -> Segmenter:
+def load_segmenter(name: str, weights: str = "", device: str = "cpu") -> Segmenter:
     """The segmenter, read once a process for as long as its file doesn't change."""
     path = segmenter_files(name, weights)[name]
-    return _load(name, path, path.stat().st_mtime if path.is_file() else 0.0)
+    return _load(name, path, path.stat().st_mtime if path.is_file() else 0.0, device)
 
 
 @lru_cache(maxsize=2)
-def _load(name: str, path: Path, changed: float) -> Segmenter:
+def _load(name: str, path: Path, changed: float, device: str) -> Segmenter:
     cls = SEGMENTERS[name]
-    return cls(path if cls.wants else None)
+    return cls(path if cls.wants else None, device)
 
 
 def _segmenter_class(name: str) -> type[Segmenter]:

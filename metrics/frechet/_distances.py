@@ -29,12 +29,16 @@ class Gaussian:
     root: Floats
 
     @classmethod
-    def of_features(cls, features: NDArray[Any]) -> Gaussian:
-        """Fitted to features ``[n, d]``, n > 1, with the unbiased covariance; exact for n <= d too."""
+    def of_features(cls, features: NDArray[Any], *, thin: bool = True) -> Gaussian:
+        """Fitted to features ``[n, d]``, n > 1, with the unbiased covariance; exact for n <= d too.
+
+        ``thin`` makes a root of no more than d columns by an eigendecomposition: worth it for a Gaussian
+        that is compared often.
+        """
         x = np.asarray(features, dtype=np.float64)
         mean = x.mean(axis=0)
         centred = (x - mean) / np.sqrt(len(x) - 1)
-        return cls(mean, _small_root(centred))
+        return cls(mean, _small_root(centred) if thin else centred.T)
 
     @classmethod
     def of_moments(cls, mean: NDArray[Any], covariance: NDArray[Any]) -> Gaussian:

@@ -22,8 +22,8 @@ from lethebench.metrics._weights import (
     check_torchscript,
     locate,
     record,
-    sha256_of,
 )
+from lethebench.store import known_sha256
 
 Vectors = NDArray[np.float32]
 BATCH = 32
@@ -109,7 +109,7 @@ class Extractor:
         return {
             "features": self.features,
             "resizer": self.resizer,
-            "weights_sha256": sha256_of(self.file()),
+            "weights_sha256": known_sha256(self.file()),
         }
 
     def facts(self) -> dict[str, Any]:
@@ -127,9 +127,9 @@ class Extractor:
         self.check()
         path = self.file()
         if self.features == "inception":
-            return _inception(path.parent, sha256_of(path), self.resizer, self.device)
+            return _inception(path.parent, known_sha256(path), self.resizer, self.device)
         preset = clip_score.PRESETS["vit-b-32"]
-        return clip_score.load(preset.model, path, sha256_of(path), self.device)
+        return clip_score.load(preset.model, path, known_sha256(path), self.device)
 
     def __call__(self, images: Iterable[NDArray[np.uint8]]) -> Vectors:
         """Features float32 ``[n, d]`` of images uint8 ``[height, width, 3]``, of any sizes."""

@@ -51,10 +51,12 @@ def _score(name: str, unit: str, bounds: tuple[float, float], help: str, judge: 
 class _ToReference(Metric):
     """What FID and KID share: features of each image on a neutral prompt, and a reference file."""
 
-    reference: str = setting("", f"the reference set, an .npz file made by `{MADE_BY}`")
+    reference: str = setting("", f"the reference set, an .npz file made by `{MADE_BY}`", place=True)
     features: str = setting("inception", f"what is compared: {', '.join(KINDS)}")
     resizer: str = setting("clean", "clean-fid's: clean or legacy-tensorflow")
-    path: str = setting("", "the features' weights file or its folder ('': below the data folder)")
+    path: str = setting(
+        "", "the features' weights file or its folder ('': below the data folder)", place=True
+    )
     sha256: str = setting("", "what the weights file's SHA-256 must be ('': the published one)")
     device: str = setting("cpu", "where the features are computed, as torch names it")
 
@@ -148,7 +150,7 @@ class FID(_ToReference):
         """The squared Frechet distance of the two Gaussians."""
         if len(table) < 2:
             return float("nan")
-        return frechet(Gaussian.of_features(self._stacked(table)), self._reference().gaussian)
+        return frechet(Gaussian.of_features(self._stacked(table), thin=False), self._reference().gaussian)
 
     def compare(self, table: pd.DataFrame, base: pd.DataFrame) -> dict[str, Any]:
         """``fid_relative``: the distance over base's (UniForget's Figure 7), N of both, and a warning where N

@@ -108,9 +108,13 @@ def _processor(folder: str) -> Any:
 def _load(folder: str, device: str, dtype: str) -> _Loaded:
     from transformers import AutoModelForImageTextToText
 
-    model = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, use_safetensors=True
+    model, loading = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
     )
+    lacking = sorted(loading["missing_keys"])
+    if lacking:
+        first = f"{len(lacking)} weights, the first {lacking[0]}"
+        raise UserError(f"vqa judge transformers:{folder}: its files lack {first}")
     return _Loaded(_processor(folder), model.to(device).eval())
 
 

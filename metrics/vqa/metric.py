@@ -21,7 +21,14 @@ from lethebench.registry import METRICS
 
 from .agreement import nominal_alpha
 from .judges import VERDICT, Answer, Judge, make_judges
-from .prevalence import INTERVAL, Confusion, effective_number, lang_reiczigel, rogan_gladen
+from .prevalence import (
+    INTERVAL,
+    Confusion,
+    check_origin,
+    effective_number,
+    lang_reiczigel,
+    rogan_gladen,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +42,7 @@ _FLOORS = {
     "neutral": (Role.NEUTRAL, "neutral prompts: the judge's false alarms"),
 }
 _CORRECTED = {
-    "corrected": "corrected by the judge's measured errors (Rogan-Gladen); interval of the images alone",
+    "corrected": "corrected by the judge's measured errors (Rogan-Gladen), and so is the interval",
     "corrected_low": "lower 95 % limit of the corrected share, with the uncertainty of the errors",
     "corrected_high": "upper 95 % limit of the corrected share, with the uncertainty of the errors",
 }
@@ -189,6 +196,8 @@ class Vqa(Metric):
             raise UserError(f"vqa: instruction={self.instruction!r} must be a text")
         for judge in self.made:
             judge.check()
+            if judge.errors is not None:
+                check_origin(judge.errors, f"vqa judge {judge.spec}", judge.facts(), self.instruction)
 
     def weights(self) -> Mapping[str, Path]:
         """The judges' files, by judge."""
@@ -222,14 +231,15 @@ class Vqa(Metric):
             return float("nan")
         if score.name.endswith(".corrected"):
             return rogan_gladen(float(table[score.column].mean()), errors)
-        limits = self.interval(score, table) or (float("nan"), float("nan"))
+        limits = self._limits(score, table, errors)
         return limits[0] if score.name.endswith("_low") else limits[1]
 
     def interval(self, score: Score, table: pd.DataFrame) -> tuple[float, float] | None:
         """The 95 % limits of a corrected share; None for other scores, and where errors are unknown."""
-        errors = self._errors(score)
-        if errors is None:
-            return None
+        errors = self._errors(score) if score.name.endswith(".corrected") else None
+        return None if errors is None else self._limits(score, table, errors)
+
+    def _limits(self, score: Score, table: pd.DataFrame, errors: Confusion) -> tuple[float, float]:
         values = table[score.column].to_numpy(dtype=float)
         count = effective_number(values, table["cluster"].to_numpy())
         return lang_reiczigel(float(values.mean()), count, errors)
@@ -309,8 +319,9 @@ def _spent(judge: Judge, answers: list[Answer], rows: list[int], count: int) -> 
     models = np.full(count, "", dtype=object)
     for row, answer in zip(rows, answers, strict=True):
         spent = np.nan if answer.tokens is None else float(sum(answer.tokens))
-        tokens[row] = spent if np.isnan(tokens[row]) else tokens[row] + spent
-        cost[row] = judge.cost(answer) if np.isnan(cost[row]) else cost[row] + judge.cost(answer)
+        for column_of, value in ((tokens, spent), (cost, judge.cost(answer))):
+            if not np.isnan(value):
+                column_of[row] = np.nansum([column_of[row], value])
         models[row] = answer.model
     return {
         column("tokens", judge.slug): tokens,

@@ -124,20 +124,44 @@ def effective_number(values: NDArray[np.float64], clusters: NDArray[Any]) -> flo
     return float(min(n, share * (1 - share) / variance)) if variance > 0 else float(n)
 
 
+def check_origin(
+    given: str | Mapping[str, Any], who: str, judge: Mapping[str, Any], instruction: str
+) -> None:
+    """Raise UserError where the errors tell that they were measured of another judge or instruction."""
+    content = _content(given, who)
+    if not isinstance(content, Mapping):
+        return
+    if content.get("instruction", instruction) != instruction:
+        raise UserError(
+            f"{who}: its errors were measured with instruction {content['instruction']!r}; the metric has "
+            f"{instruction!r}: measure them again with --instruction"
+        )
+    of = content.get("judge")
+    if not isinstance(of, Mapping):
+        return
+    for name in ("kind", "model"):
+        if name in of and name in judge and of[name] != judge[name]:
+            raise UserError(f"{who}: its errors are those of {of[name]!r}: measure this judge's own")
+
+
+def _content(given: str | Mapping[str, Any], who: str) -> Any:
+    if not isinstance(given, str):
+        return given
+    try:
+        return json.loads(Path(given).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{who}: errors file {given} can't be read: make it by "
+            "`python -m lethebench.metrics.vqa.error_rates`"
+        ) from error
+
+
 def read_confusions(given: str | Mapping[str, Any], who: str) -> dict[str, Confusion]:
     """The confusion of each question from a JSON file or its content: ``{acc_g: {tp, fn, fp, tn}, ...}``.
 
     Other keys tell of the measurement. Raises UserError naming what is wrong.
     """
-    content: Any = given
-    if isinstance(given, str):
-        try:
-            content = json.loads(Path(given).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{who}: errors file {given} can't be read: make it by "
-                "`python -m lethebench.metrics.vqa.error_rates`"
-            ) from error
+    content = _content(given, who)
     found = {}
     for question in QUESTIONS:
         if isinstance(content, Mapping) and question in content:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+import re
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -264,7 +265,11 @@ def _find_key(variable: str) -> str:
 
 
 def _read_key(variable: str, spec: str) -> str:
+    if variable and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
+        raise UserError(f"vqa judge {spec}: key_variable must be the name of an environment variable")
     key = _find_key(variable)
+    if not all("!" <= c <= "~" for c in key):
+        raise UserError(f"vqa judge {spec}: what {variable} holds is no key: it has blanks or line ends")
     if variable and not key:
         raise UserError(
             f"vqa judge {spec}: the environment has no {variable}: set it to the server's key, "

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 from lethebench.bench import plan_rows, run
 from lethebench.check import Subject, applicable, checks
 from lethebench.errors import UserError
+from lethebench.method import identity_of, recorded_settings
 from lethebench.metric import detectors
 from lethebench.plan import RowPlan, Runtime, make_metric, prompt_set
 from lethebench.registry import METHODS, METRICS
@@ -311,6 +312,53 @@ def test_a_suite_names_a_metric_alone_or_with_settings(given: Any, name: str, se
     assert (spec.name, spec.settings) == (name, settings)
 
 
+def test_two_metrics_of_one_name_are_refused_before_any_work(watched, tmp_path: Path) -> None:
+    suite = watched()
+    (tmp_path / "other.py").write_text(METRIC)
+    text = yaml.safe_load(suite.read_text())
+    suite.write_text(
+        yaml.safe_dump({**text, "metrics": [*text["metrics"], f"{tmp_path / 'other.py'}:Watched"]})
+    )
+    with pytest.raises(UserError, match="are both metric 'watched': rename one of them"):
+        bench(suite, tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("def compare(self, table, base):\n        raise ArithmeticError('on purpose')", "on purpose"),
+        ("def compare(self, table, base):\n        return {'x': object()}", "serialize"),
+    ],
+)
+def test_a_metric_that_fails_after_measuring_fails_rows_and_not_the_run(
+    watched, tmp_path: Path, body: str, reason: str
+) -> None:
+    suite = watched()
+    (tmp_path / "watched.py").write_text(METRIC.replace("    def compare", f"    {body}\n    def unused"))
+    outcome = bench(suite, tmp_path / "runs", "random-tokens")
+    failed = next(r for r in outcome.rows if r.method == "random-tokens")
+    assert failed.status == "failed" and reason in (failed.reason or "")
+    assert len(outcome.rows) == 3, "every row is written"
+
+
+def test_records_show_no_folders() -> None:
+    home = str(Path.home())
+    fbmem = make_metric(
+        MetricSpec(name="fbmem", settings={"segmenter": "sam", "segmenter_weights": f"{home}/w/sam.pth"})
+    )
+    assert recorded_settings(fbmem)["segmenter_weights"] == "sam.pth"
+    assert "segmenter_weights" not in identity_of(fbmem)
+    vqa = make_metric(
+        MetricSpec(name="vqa", settings={"judges": [{"judge": f"transformers:{home}/llava", "cache": "~/c"}]})
+    )
+    assert recorded_settings(vqa)["judges"] == [{"judge": "transformers:llava", "cache": "c"}]
+    names = make_metric(
+        MetricSpec(name="vqa", settings={"judges": f"recogniser-mini, transformers:{home}/a"})
+    )
+    assert recorded_settings(names)["judges"] == "recogniser-mini,transformers:a"
+
+
 def test_what_a_metric_lacks_is_said_before_any_work(watched, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"metric 'watched' needs /nowhere/net\.pt"):
         bench(watched({"file": "/nowhere/net.pt"}), tmp_path / "runs")
@@ -344,7 +392,7 @@ def test_the_change_from_base_is_in_the_row(watched, tmp_path: Path) -> None:
 
 def test_detectors_follow_from_the_scores_unless_they_are_named() -> None:
     assert detectors(METRICS.get("copy-mini")())["copy_mini_similarity"] == "high"
-    assert detectors(METRICS.get("clip-mini")())["clip_mini_score"] == "low"
+    assert detectors(METRICS.get("clip-mini")()) == {}
     truth = detectors(METRICS.get("planted-truth")())
     assert truth["truth_near_copy"] == "high" and truth["truth_nm"] == "low"
     assert detectors(METRICS.get("fd-mini")()) == {}

@@ -274,6 +274,7 @@ def made_record() -> dict[str, Any]:
     }
     metric = {
         "metric": "toy",
+        "settings": {},
         "summary": EVIL_TEXT,
         "records": ["x"],
         "seconds_per_image": 0.0421,
@@ -381,6 +382,8 @@ def test_the_section_fits_a_phone(browser: Browser, made: Path, tmp_path: Path, 
         (json.dumps({**made_record(), "schema": "lethe-metrics/9"}), "lethe-metrics/9"),
         (json.dumps({k: v for k, v in made_record().items() if k != "metrics"}), "metrics"),
         ("[]", "not a record"),
+        (json.dumps({**made_record(), "conventions": {}}), "KeyError"),
+        (json.dumps({**made_record(), "images": float("inf")}), "OverflowError"),
     ],
 )
 def test_a_damaged_record_is_named_and_hides_no_other(made: Path, text: str, words: str) -> None:

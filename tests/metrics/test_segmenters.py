@@ -266,7 +266,7 @@ def test_every_segmenter_says_what_it_lacks_before_any_work(
         ({"segmenter_weights": "x.pth"}, "leave segmenter_weights empty"),
         ({"segmenter": "given"}, "segmenter_weights", "write_masks"),
         ({"resolution": 512}, "segmenter-mini reads 64 pixels a side, not 512"),
-        ({"resolution": 16}, "resolution must be pixels from 41"),
+        ({"resolution": 16}, "resolution must be pixels from 44"),
         ({"keep": 1}, "keep must be a whole number from 2"),
         ({"keep": "all"}, "keep must be"),
         ({"tau_foreground": 1.5}, "tau_foreground must be from 0 to 1"),
@@ -304,7 +304,7 @@ def test_the_segmenters_file_and_name_enter_the_record(sam_file: Path) -> None:
     for metric, calibrated in ((FBMem("sam", str(sam_file)), False), (FBMem(), True)):
         for told in metric.facts()["thresholds_from"].values():
             assert ("not calibrated" not in told) == calibrated
-    assert list(FBMem().facts()["scales"]) == ["41 to 160", "161 or more"]
+    assert list(FBMem().facts()["scales"]) == ["44 to 175", "176 or more"]
 
 
 def test_given_masks_give_the_labels_of_true_masks(tmp_path: Path) -> None:

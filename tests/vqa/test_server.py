@@ -274,6 +274,15 @@ def test_what_is_wrong_is_found_before_any_work(tmp_path: Path) -> None:
     assert "can't write to" in refused(cache=str(tmp_path / "file"))
 
 
+@pytest.mark.parametrize(("variable", "value"), [("TEST_KEY", "sk-a\nsk-b"), ("sk-secret-1", "")])
+def test_what_is_no_key_is_refused_and_not_shown(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    if value:
+        monkeypatch.setenv(variable, value)
+    assert "sk-" not in refused(key_variable=variable)
+
+
 def test_check_asks_the_server_without_paying() -> None:
     with serving(FakeServer(yes)) as server:
         judge(server.url).check()

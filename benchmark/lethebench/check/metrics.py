@@ -227,7 +227,7 @@ def check_scores_are_declared(subject: Subject) -> None:
 
 
 def check_set_valued_scores_are_named(subject: Subject) -> None:
-    """``set_valued`` names scores, and ``aggregate`` is overridden exactly where a score is no mean."""
+    """``set_valued`` names scores, and where it names some ``aggregate`` is overridden."""
     cls = subject.cls
     unknown = sorted(set(cls.set_valued) - {score.name for score in subject.metric.all_scores()})
     assert not unknown, f"`set_valued` names '{next(iter(unknown), '')}', which is no score"
@@ -412,6 +412,11 @@ def check_missing_recordings_give_no_value(subject: Subject) -> None:
     bare = dataclasses.replace(subject.shard, latents=None, noise_norm=None, recorded={})
     found = subject.metric.measure(bare)
     assert set(found) == set(subject.columns), "without recordings the columns are others"
+    for column, was in subject.columns.items():
+        if was.dtype.kind == "f" and len(was):
+            now = np.asarray(found[column], dtype=float)
+            kept = np.isnan(now) | (now == was if now.shape == was.shape else False)
+            assert kept.all(), f"without recordings '{column}' is {now[~kept].ravel()[0]}: give NaN"
 
 
 def check_values_are_inside_bounds(subject: Subject) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from lethebench.errors import UserError
+from lethebench.errors import LetheError, UserError
 from lethebench.work import Job
 
 
@@ -17,6 +18,13 @@ class Failure:
     job: Job
     error: str
     traceback: str
+
+    @staticmethod
+    def of(job: Job, error: Exception) -> Failure:
+        """The failure of a job by the error that is being handled."""
+        first = str(error).splitlines()[0] if str(error) else ""
+        told = str(error) if isinstance(error, LetheError) else f"{type(error).__name__}: {first}"
+        return Failure(job, told, traceback.format_exc())
 
 
 class Engine(Protocol):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 
 from lethebench.engines import Failure
-from lethebench.errors import LetheError, StoreError
+from lethebench.errors import StoreError
 from lethebench.work import Job, perform
 
 
@@ -51,9 +50,6 @@ def attempt(job: Job) -> Failure | None:
         perform(job)
     except StoreError:
         raise
-    except LetheError as error:
-        return Failure(job, str(error), traceback.format_exc())
     except Exception as error:
-        first = str(error).splitlines()[0] if str(error) else ""
-        return Failure(job, f"{type(error).__name__}: {first}", traceback.format_exc())
+        return Failure.of(job, error)
     return None

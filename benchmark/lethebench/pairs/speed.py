@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from types import TracebackType
 from typing import Any
 
@@ -90,12 +91,10 @@ def measure(
 ) -> dict[str, Any]:
     """The figures that the module's docstring names, for ``images`` x ``images`` pairs.
 
-    Raises UserError without torchmetrics, ValueError as ``all_pairs`` does.
+    Raises UserError without psutil, ValueError as ``all_pairs`` does.
     """
-    try:
-        import torchmetrics  # noqa: F401
-    except ImportError as error:
-        raise UserError("the comparison needs torchmetrics: pip install lethebench[dev]") from error
+    if find_spec("psutil") is None:
+        raise UserError("the measurement of memory needs psutil: pip install psutil")
     x, y = (pictures(images, side, seed).to(device) for seed in (1, 2))
     plan(View(x), View(y), similarity, memory)
     random = np.random.default_rng(derive_seed("pairs speed", "sample"))

@@ -72,6 +72,8 @@ def sample(
         if advance is not None:
             advance(len(batch))
     images, latents, norms, seen = zip(*batches, strict=True)
+    if len({frozenset(part) for part in seen}) > 1:
+        raise ValueError("a recorder took other names in another batch")
     recorded = {name: np.concatenate([part[name] for part in seen]) for name in seen[0]}
     return Samples(np.concatenate(images), np.concatenate(latents), np.concatenate(norms), recorded)
 
@@ -213,6 +215,9 @@ def _denoise(
     seen: dict[str, Tensor] = {}
     for recorder in recorders:
         taken = recorder.take(batch)
+        for name, value in taken.items():
+            if len(value) != len(keys):
+                raise ValueError(f"recorded '{name}' has {len(value)} values for {len(keys)} images")
         twice = sorted(seen.keys() & taken.keys())
         if twice:
             raise ValueError(f"two recorders record '{twice[0]}': give one of them another name")
