@@ -442,7 +442,7 @@ def separation(row: Row, kind: str, role: str) -> Separation | None:
     if not all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in numbers):
         return None
     value, low, high, p = (float(v) for v in numbers)  # type: ignore[arg-type]
-    number = fmt.NumberFormat(3)
+    number = fmt.NumberFormat(4)
     return Separation(number(value), number.interval(low, high), fmt.p_value(p))
 
 

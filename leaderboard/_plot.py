@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lethebench.leaderboard._format import NumberFormat
 
@@ -153,8 +153,8 @@ def scatter(
 
     return Scatter(
         width, height, left, right, top, bottom,
-        tuple(Tick(sx(t), x.format(t)) for t in ticks(sx.low, sx.high, 6 if width > 500 else 4)),
-        tuple(Tick(sy(t), y.format(t)) for t in ticks(sy.low, sy.high, 5)),
+        _labelled(sx, x.format, ticks(sx.low, sx.high, 6 if width > 500 else 4)),
+        _labelled(sy, y.format, ticks(sy.low, sy.high, 5)),
         x.label, y.label, curves, marks,
         tuple(_labels(series, marks, left, right, top, bottom)),
         stairs([(m.point.x, m.point.y) for m in marks if m.point.row in front]),
@@ -218,6 +218,14 @@ def outline(shape: str, r: float) -> str:
         a = r * 1.3
         return f"M0,{-a:.1f}L{a * 0.9:.1f},{a * 0.75:.1f}H{-a * 0.9:.1f}z"
     return f"M{-r:.1f},0a{r:.1f},{r:.1f} 0 1 0 {2 * r:.1f},0a{r:.1f},{r:.1f} 0 1 0 {-2 * r:.1f},0z"
+
+
+def _labelled(scale: _Scale, number: NumberFormat, at: Sequence[float]) -> tuple[Tick, ...]:
+    """The ticks, with as many more decimals than the column's as it takes to write them exactly."""
+    factor = 100 if number.percent else 1
+    exact = (d for d in range(4) if all(abs(round(t * factor, d) - t * factor) < 1e-9 for t in at))
+    finer = replace(number, decimals=max(number.decimals, next(exact, 4)))
+    return tuple(Tick(scale(t), finer(t)) for t in at)
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:

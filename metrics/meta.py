@@ -46,6 +46,7 @@ CONVENTIONS = {
     "so what counts is whether it was in the training set, not what the image shows.",
     "interval": "95 % percentile bootstrap over prompt clusters; a value of exactly 0 or 1 has no bootstrap "
     "spread and takes Clopper and Pearson's interval with the clusters of the rarer class as trials.",
+    "accuracy": "The greatest mean of true-positive and true-negative rate over all thresholds (Wen).",
     "tpr": "True-positive rate at the last threshold with under 1 % false positives (last-below, Wen).",
 }
 """What each comparison is, for records and pages. All of them are ours."""
@@ -151,7 +152,7 @@ def detector_record(
     seed_parts: Sequence[object] = (),
     resamples: int = RESAMPLES,
 ) -> dict[str, Any]:
-    """One detector in one comparison: AUC and TPR at 1 % FPR with intervals, and the counts.
+    """One detector in one comparison: AUC, accuracy and TPR at 1 % FPR with intervals, and the counts.
 
     ``values`` ``[n]`` with NaN where the metric doesn't apply, ``clusters`` ``[n]``. Images without a value
     count nowhere. A figure is None where a side is empty, an interval where a side has one cluster only.
@@ -172,7 +173,9 @@ def detector_record(
     trials = len(set(clusters[positive])), len(set(clusters[~positive]))
     return {
         "auc": _estimate(found.auc, min(trials)),
+        "accuracy": _estimate(found.accuracy, min(trials)),
         "tpr": _estimate(found.tpr[TPR], trials[0]),
+        "tpr_by_convention": {name: found.tpr[name].value for name in found.tpr},
         "positives": found.positives,
         "negatives": found.negatives,
     }

@@ -269,7 +269,7 @@ def cell(detector: Mapping[str, Any], comparison: str, group: str = "") -> Mappi
     found: Any = detector["against"].get(comparison, {})
     found = found.get(group) if group else found
     empty = {"value": None, "low": None, "high": None}
-    return found or {"auc": empty, "tpr": empty, "positives": 0, "negatives": 0}
+    return found or {"auc": empty, "accuracy": empty, "tpr": empty, "positives": 0, "negatives": 0}
 
 
 def _flat(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -285,6 +285,7 @@ def _flat(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                         "comparison": comparison,
                         "group": group,
                         **{f"auc_{k}".removesuffix("_value"): v for k, v in found["auc"].items()},
+                        **{f"accuracy_{k}".removesuffix("_value"): v for k, v in found["accuracy"].items()},
                         **{f"tpr_{k}".removesuffix("_value"): v for k, v in found["tpr"].items()},
                         "positives": found["positives"],
                         "negatives": found["negatives"],

@@ -126,7 +126,7 @@ def test_every_setting_has_densities_and_the_middle_one_clouds(made: Callable[..
         assert d.base is not None and [c.name for c in d.curves] == ["weak", "medium", "strong"]
         assert [c.strength for c in d.curves] == pytest.approx([1 / 3, 2 / 3, 1])
     assert [c.role for c in figure.clouds] == ["concept", "trigger", "neutral"]
-    assert figure.clouds[0].separation == "MMD² 0.250 (0.240–0.270), p = .001"
+    assert figure.clouds[0].separation == "MMD² 0.2500 (0.2400–0.2700), p = .001"
     assert figure.clouds[1].separation == "no separation recorded"
 
 
@@ -280,7 +280,7 @@ def test_table_says_what_the_rows_record(made: Callable[..., Path]) -> None:
     ]
     method, setting, _, cells = found.lines[0]
     assert (method, setting) == ("uniforget", "weak")
-    assert [c.text for c in cells if c is not None] == ["0.250", "0.004", "0.100", "0.300"]
+    assert [c.text for c in cells if c is not None] == ["0.2500", "0.0040", "0.1000", "0.3000"]
 
 
 def test_page_is_escaped_and_its_ids_are_unique(made: Callable[..., Path]) -> None:

@@ -86,6 +86,9 @@ def test_a_record_is_the_auc_of_the_images_with_a_value(end: str) -> None:
     record = found["near_copy"]
     assert record["auc"]["value"] == pytest.approx(roc_auc_score(truth, values), abs=1e-12)
     assert record["tpr"]["value"] == pytest.approx(tpr_by_sklearn(truth, values), abs=1e-12)
+    fpr, tpr, _ = roc_curve(truth, values, drop_intermediate=False)
+    assert record["accuracy"]["value"] == pytest.approx((1 - (fpr + 1 - tpr) / 2).max(), abs=1e-12)
+    assert record["tpr_by_convention"]["last-below"] == pytest.approx(record["tpr"]["value"], abs=1e-12)
     assert (record["positives"], record["negatives"]) == (truth.sum(), (~truth).sum())
     assert record["auc"]["low"] < record["auc"]["value"] < record["auc"]["high"]
     assert set(found["kind"]) == set(meta.KINDS) and set(found["duplicates"]) == {"8", "128"}
