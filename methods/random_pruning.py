@@ -53,9 +53,9 @@ class RandomPruning(Method):
     summary = "Random masks at UniForget's shares."
     family = Family.WEIGHTS
     strengths: ClassVar = {
-        "weak": {"ffn": 0.20, "norm": 0.07, "residual": 0.03},
-        "medium": {"ffn": 0.37, "norm": 0.16, "residual": 0.08},
-        "strong": {"ffn": 0.71, "norm": 0.42, "residual": 0.23},
+        "weak": {"ffn": 0.16, "norm": 0.05, "residual": 0.02},
+        "medium": {"ffn": 0.38, "norm": 0.17, "residual": 0.06},
+        "strong": {"ffn": 0.66, "norm": 0.38, "residual": 0.17},
     }
     control = True
 
