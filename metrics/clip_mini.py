@@ -21,7 +21,7 @@ def cosines(images: NDArray[Any], texts: NDArray[Any]) -> NDArray[np.float64]:
     a, b = np.asarray(images, dtype=np.float64), np.asarray(texts, dtype=np.float64)
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     found: NDArray[np.float64] = (a * b).sum(axis=1) / np.maximum(norms, 1e-12)
-    return found
+    return np.clip(found, -1.0, 1.0)
 
 
 def _score(name: str, role: Role, help: str) -> Score:

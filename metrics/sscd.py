@@ -382,7 +382,8 @@ class SSCD(Metric):
             ids = sorted({r for i in at for r in shard.prompts[i].references} | set(trained))
             place = {name: number for number, name in enumerate(ids)}
             among = [place[name] for name in trained]
-            cosines = self._describe(shard.images[i] for i in at) @ self._references(shard, ids).T
+            products = self._describe(shard.images[i] for i in at) @ self._references(shard, ids).T
+            cosines = np.clip(products, -1.0, 1.0)  # of equal pictures, rounding may leave more than 1
             for row, i in zip(cosines, at, strict=True):
                 own.append(float(row[[place[r] for r in shard.prompts[i].references]].max()))
                 best = int(row[among].argmax()) if among else None

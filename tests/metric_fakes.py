@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from lethebench.datasets.planted import CATEGORIES, OBJECTS, Picture, PlantedWorld, WorldConfig, render
+from lethebench.hooks import ImageKey
 from lethebench.metric import Shard
 from lethebench.metrics._world import fresh_scene
 from lethebench.prompts import Prompt
+from lethebench.work import columns_frame, known_frame
 
 
 @cache
@@ -138,3 +141,9 @@ class Knows:
             for name, of in options.items()
         }
         return Told(options, labels, probabilities)
+
+
+def table(of: Shard, columns: Mapping[str, Any]) -> pd.DataFrame:
+    """A metric's columns of a shard as the runner's per-image table."""
+    keys = [ImageKey("made@1", prompt, index) for prompt, index in zip(of.prompts, of.indices, strict=True)]
+    return pd.concat([known_frame(keys), columns_frame(columns, len(of), "made")], axis=1)

@@ -88,8 +88,8 @@ def test_table_survives_parquet(tmp_path: Any) -> None:
     again = pd.read_parquet(tmp_path / "t.parquet")
     for column, kept in (("m", [0, 1, 3]), ("name", [0, 2, 3]), ("v", [0, 2, 3])):
         score = Score("m", column, "none", "", (0, 1))
-        assert [len(stats._valued(score, t)) for t in (table, again)] == [3, 3]
-        assert stats._valued(score, again).index.tolist() == kept
+        assert [len(stats.valued(score, t)) for t in (table, again)] == [3, 3]
+        assert stats.valued(score, again).index.tolist() == kept
 
 
 # --- intervals ------------------------------------------------------------------------------------

@@ -115,12 +115,12 @@ def summarise(
     ``cluster``, ...) and the metric's columns. Images with no value (NaN) count nowhere. The value is None
     where no image has one; the interval is None where there are fewer than two clusters.
     """
-    chosen = _valued(score, select(score, table))
+    chosen = valued(score, table)
     clusters = int(chosen["cluster"].nunique())
     value, low, high = _estimate(metric, score, chosen, resamples, seed_parts)
     difference = None
     if base_table is not None and value is not None:
-        base = _valued(score, select(score, base_table))
+        base = valued(score, base_table)
         difference = _difference(metric, score, chosen, base, resamples, seed_parts)
     finite = bool(np.isfinite(score.bounds).all())
     return ScoreRecord(
@@ -154,7 +154,7 @@ def slices(
     """
     if not is_mean(metric, score):
         return []
-    chosen = _valued(score, select(score, table))
+    chosen = valued(score, table)
     found = []
     for where, part in _parts(chosen):
         parts = (*seed_parts, *(f"{k}={v}" for k, v in where.items()))
@@ -177,8 +177,9 @@ def _parts(table: pd.DataFrame) -> list[tuple[dict[str, str | int | bool], pd.Da
     return found
 
 
-def _valued(score: Score, table: pd.DataFrame) -> pd.DataFrame:
-    """The rows that have a value: a number or vector without NaN, a text that is not empty."""
+def valued(score: Score, table: pd.DataFrame) -> pd.DataFrame:
+    """The images that a score is about and that have a value: no NaN in it, no empty text."""
+    table = select(score, table)
     column = table[score.column]
     if column.dtype != object and not hasattr(column.dtype, "storage"):
         return table[column.notna().to_numpy(dtype=bool)]
@@ -518,7 +519,7 @@ def compare(
     seed_parts: Sequence[object] = (),
 ) -> Difference | None:
     """One row against another as every row is compared with base: ``table`` minus ``other``."""
-    ours, theirs = (_valued(score, select(score, t)) for t in (table, other))
+    ours, theirs = (valued(score, t) for t in (table, other))
     return _difference(metric, score, ours, theirs, resamples, seed_parts) if len(ours) else None
 
 
@@ -599,7 +600,7 @@ def rank(
     """The tie groups of several rows, by their per-image tables. Rows without a value have no rank."""
     if score.direction == "none":
         raise ValueError(f"score {score.name} has no better direction: it can't be ranked by")
-    chosen = {name: _valued(score, select(score, table)) for name, table in tables.items()}
+    chosen = {name: valued(score, table) for name, table in tables.items()}
     values = {n: v for n, t in chosen.items() if (v := _aggregate(metric, score, t)) is not None}
     sums = _aligned_sums(score, {n: chosen[n] for n in values}) if is_mean(metric, score) else None
     if sums is not None:

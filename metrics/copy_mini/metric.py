@@ -34,10 +34,10 @@ _CONTROLS = frozenset({Role.CONTROL})
 
 
 def best_cosine(descriptors: NDArray[Any], references: NDArray[Any]) -> tuple[float, int]:
-    """The highest inner product of one descriptor ``[d]`` with references ``[r, d]``, and whose it is."""
+    """The highest cosine of one unit descriptor ``[d]`` to references ``[r, d]``, and whose it is."""
     cosines = references @ descriptors
     best = int(cosines.argmax())
-    return float(cosines[best]), best
+    return min(1.0, max(-1.0, float(cosines[best]))), best
 
 
 @METRICS.register

@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 import open_clip
-import pandas as pd
 import pytest
 import torch
-from metric_fakes import fresh, shard, small_world, trained
+from metric_fakes import fresh, shard, small_world, table, trained
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -97,18 +96,6 @@ def directly(model: Any, images: np.ndarray, texts: list[str]) -> np.ndarray:
 def some() -> Shard:
     prompts = [p for p in small_world() if p.role is Role.NEUTRAL][:5] + trained("verbatim")[:2]
     return shard([(p, fresh(p)) for p in prompts])
-
-
-def table(of: Shard, columns: Any) -> pd.DataFrame:
-    known = {
-        "prompt_id": [p.id for p in of.prompts],
-        "index": list(of.indices),
-        "role": [str(p.role) for p in of.prompts],
-        "kind": [p.kind for p in of.prompts],
-        "cluster": [p.cluster for p in of.prompts],
-        "trained": pd.Series([p.trained for p in of.prompts], dtype="boolean"),
-    }
-    return pd.DataFrame({**known, **columns})
 
 
 # --- ways of loading ------------------------------------------------------------------------------

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from cleanfid import fid as clean_fid
 from cleanfid.inception_torchscript import InceptionV3W
-from metric_fakes import fresh, scene_of, shard, small_world, trained
+from metric_fakes import fresh, scene_of, shard, small_world, table, trained
 from PIL import Image
 from scipy.linalg import sqrtm
 from torch import nn
@@ -101,18 +100,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(folder: Path, weights: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_reference(folder, tmp_path_factory.mktemp("reference") / "set.npz", **weights))
-
-
-def table(of: Shard, columns: Any) -> pd.DataFrame:
-    known = {
-        "prompt_id": [p.id for p in of.prompts],
-        "index": list(of.indices),
-        "role": [str(p.role) for p in of.prompts],
-        "kind": [p.kind for p in of.prompts],
-        "cluster": [p.cluster for p in of.prompts],
-        "trained": pd.Series([p.trained for p in of.prompts], dtype="boolean"),
-    }
-    return pd.DataFrame({**known, **{k: list(v) for k, v in columns.items()}})
 
 
 # --- distances ------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from cleanfid.fid import frechet_distance as clean_fid_distance
-from metric_fakes import Knows, Thumbnails, TrueMasks, fresh, scene_of, shard, small_world, trained
+from metric_fakes import Knows, Thumbnails, TrueMasks, fresh, scene_of, shard, small_world, table, trained
 from scipy.linalg import sqrtm
 from scipy.spatial.distance import pdist
 from sklearn.metrics import roc_auc_score
@@ -88,22 +88,6 @@ def part(whole: Shard, rows: list[int]) -> Shard:
         whole.prompt_set,
         noise_norm=whole.noise_norm[rows],
     )
-
-
-def table(of: Shard, columns: Any) -> pd.DataFrame:
-    """A per-image table as the runner makes it."""
-    prompts = of.prompts
-    known = {
-        "prompt_id": [p.id for p in prompts],
-        "index": list(of.indices),
-        "role": [str(p.role) for p in prompts],
-        "kind": [p.kind for p in prompts],
-        "cluster": [p.cluster for p in prompts],
-        "category": pd.Series([p.category for p in prompts], dtype="string"),
-        "duplicates": pd.Series([p.duplicates for p in prompts], dtype="Int64"),
-        "trained": pd.Series([p.trained for p in prompts], dtype="boolean"),
-    }
-    return pd.DataFrame({**known, **{k: list(v) if v.ndim > 1 else v for k, v in columns.items()}})
 
 
 # --- the contract ---------------------------------------------------------------------------------

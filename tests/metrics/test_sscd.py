@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from metric_fakes import fresh, scene_of, shard, small_world, trained
+from metric_fakes import fresh, scene_of, shard, small_world, table, trained
 from PIL import Image
 from torchmetrics.functional.pairwise import pairwise_cosine_similarity
 from torchvision import transforms
@@ -72,18 +72,6 @@ def mixed() -> Shard:
 def part(whole: Shard, rows: list[int]) -> Shard:
     prompts, indices = (tuple(v[i] for i in rows) for v in (whole.prompts, whole.indices))
     return Shard(whole.images[rows], prompts, indices, whole.prompt_set)
-
-
-def table(of: Shard, columns: Any) -> pd.DataFrame:
-    known = {
-        "prompt_id": [p.id for p in of.prompts],
-        "index": list(of.indices),
-        "role": [str(p.role) for p in of.prompts],
-        "kind": [p.kind for p in of.prompts],
-        "cluster": [p.cluster for p in of.prompts],
-        "trained": pd.Series([p.trained for p in of.prompts], dtype="boolean"),
-    }
-    return pd.DataFrame({**known, **columns})
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))

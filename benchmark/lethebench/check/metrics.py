@@ -168,11 +168,10 @@ class Subject:
 
     def valued(self) -> Iterable[tuple[Score, pd.DataFrame]]:
         """Each score with the images that it is about and that have a value, where there are some."""
-        from lethebench.stats import select
+        from lethebench.stats import valued
 
         for score in self.metric.all_scores():
-            rows = select(score, self.table)
-            rows = rows[[_has_value(value) for value in rows[score.column]]]
+            rows = valued(score, self.table)
             if len(rows):
                 yield score, rows
 
@@ -599,12 +598,6 @@ def _same_columns(
             assert a.shape == b.shape, f"column '{name}' has vectors of {b.shape} {when}, not {a.shape}"
             same = np.isclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
             assert same.all(), f"column '{name}' differs by {np.abs(a - b)[~same].max():.3g} {when}"
-
-
-def _has_value(value: Any) -> bool:
-    if value is None or isinstance(value, str):
-        return bool(value)
-    return not bool(np.isnan(np.asarray(value, dtype=float)).any())
 
 
 def _as_json(value: Any) -> Any:
