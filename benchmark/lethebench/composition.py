@@ -43,7 +43,7 @@ class Recipe:
     @property
     def knowledge(self) -> frozenset[Knowledge]:
         """All that any part may see."""
-        return frozenset().union(*(p.knowledge for p in self.parts))
+        return frozenset().union(*(p.sees for p in self.parts))
 
     @property
     def family(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -41,15 +41,18 @@ class Knowledge(StrEnum):
     REFERENCE_INDEX = "reference-index"
 
 
-def setting(default: Any, help: str, *, place: bool = False) -> Any:
+def setting(default: Any, help: str, *, place: bool = False, applied: bool = False) -> Any:
     """A field of a method's or metric's settings, with the help text that ``lethe info`` prints.
+
+    ``applied`` says that only a method's ``apply`` reads the setting: strengths that differ in such settings
+    alone share one stored fit.
 
     ``place`` says that the setting is where a file lies, which is the machine's own: records show its name
     only, and results don't depend on it (the file's SHA-256 stands for it: ``Metric.weights``).
     """
     if isinstance(default, (list, dict, set)):
         raise TypeError("the default of a setting must be immutable")
-    return field(default=default, metadata={"help": help, "place": place})
+    return field(default=default, metadata={"help": help, "place": place, "applied": applied})
 
 
 @dataclass
@@ -80,16 +83,28 @@ class Task:
         knowledge: frozenset[Knowledge],
         *,
         seed_parts: tuple[object, ...] = (),
+        base: Callable[[], Model] | None = None,
     ) -> None:
         self.model = model
         self.sampler = sampler
         self._prompts, self._knowledge, self._seed = prompts, knowledge, seed_parts
+        self._base = base
+
+    def base(self) -> Model:
+        """The unmitigated model: not ``model`` where the method follows others in a composition."""
+        return self.model if self._base is None else self._base()
 
     def generator(self, *parts: object) -> torch.Generator:
         """A CPU generator for a named purpose: the only randomness that a method may use."""
         from lethebench.seeding import generator
 
         return generator("fit", *self._seed, *parts)
+
+    def shared_generator(self, *parts: object) -> torch.Generator:
+        """The same for every method on the suite: which targets are taken, say."""
+        from lethebench.seeding import generator
+
+        return generator("fit", *self._seed[:1], *parts)
 
     def neutral_prompts(self) -> Sequence[str]:
         """Neutral prompts for fitting, disjoint from the test prompts. Needs ``neutral-prompts``."""
@@ -109,6 +124,29 @@ class Task:
             if p.role is Role.CONCEPT and p.concept is not None:
                 found.setdefault(p.concept, []).append(p)
         return found
+
+    def paraphrases(self, prompt: Prompt) -> list[str]:
+        """Texts that ask for what ``prompt`` does without its trigger or its concept's name.
+
+        Needs the knowledge of the prompt itself. Raises UserError where the prompt set has none.
+        """
+        self._require(Knowledge.CONCEPT_NAMES if prompt.role is Role.CONCEPT else Knowledge.MEMORIZED_PROMPTS)
+        found = self._optional("paraphrases", prompt.id)
+        if not found:
+            raise UserError(f"prompt set '{self._prompts.name}' has no paraphrase of '{prompt.text}'")
+        return list(found)
+
+    def anchor_concept(self, concept: str) -> str:
+        """What stands for the concept without its name ("a comic hero"); "" where the set doesn't say.
+
+        Needs ``concept-names``.
+        """
+        self._require(Knowledge.CONCEPT_NAMES)
+        return str(self._optional("anchor_concept", concept) or "")
+
+    def _optional(self, name: str, *arguments: Any) -> Any:
+        found = getattr(self._prompts, name, None)
+        return None if found is None else found(*arguments)
 
     def training_images(self) -> dict[str, Reference]:
         """The memorized training images by reference id. Needs ``training-images``."""
@@ -148,6 +186,11 @@ class Method(ABC):
     """Overrides that make a fit take seconds, for ``lethe check``."""
     generates: ClassVar[bool] = True
     """False where no denoising is needed because the images don't depend on the model."""
+
+    @property
+    def sees(self) -> frozenset[Knowledge]:
+        """What of ``knowledge`` these settings use: what the task holds and the row says. Default: all."""
+        return self.knowledge
 
     def fit(self, task: Task) -> Artefact:
         """Learn from the task, once. The result must depend only on settings and task."""
@@ -223,6 +266,13 @@ def identity_of(plugin: object) -> dict[str, Any]:
     """The resolved settings that determine results: all but places."""
     places = _places(plugin)
     return {name: value for name, value in settings_of(plugin).items() if name not in places}
+
+
+def fitted_settings(plugin: object) -> dict[str, Any]:
+    """The resolved settings that a method's ``fit`` may read: all but those that only ``apply`` does."""
+    fields: tuple[Any, ...] = dataclasses.fields(plugin) if dataclasses.is_dataclass(plugin) else ()
+    applied = {f.name for f in fields if f.metadata.get("applied")}
+    return {name: value for name, value in settings_of(plugin).items() if name not in applied}
 
 
 def _places(plugin: object) -> set[str]:

@@ -13,10 +13,18 @@ from urllib.parse import quote
 from lethebench.composition import Recipe
 from lethebench.errors import UserError
 from lethebench.hooks import ImageKey
-from lethebench.method import identity_of
+from lethebench.method import fitted_settings, identity_of, settings_of
 from lethebench.metric import Metric, configure_metric
 from lethebench.prompts import Prompt, PromptSet
-from lethebench.provenance import DECISIVE, SAMPLER_CODE, SCORING, SCORING_CODE, code_sha256, packages
+from lethebench.provenance import (
+    DECISIVE,
+    FITTING_CODE,
+    SAMPLER_CODE,
+    SCORING,
+    SCORING_CODE,
+    code_sha256,
+    packages,
+)
 from lethebench.registry import METRICS, PROMPT_SETS, source_sha256
 from lethebench.row import SCHEMA
 from lethebench.seeding import derive_seed
@@ -196,22 +204,34 @@ class RowPlan:
         }
 
     def fit_key(self, part: int) -> dict[str, Any]:
-        """All that determines the fit of the recipe's part: the parts before it included."""
-        names = [type(p).name for p in self.recipe.parts[: part + 1]]
-        config, sources = self.recipe.config(), self.recipe.sources()
+        """All that determines the fit of the recipe's part: the parts before it, as applied, included.
+
+        Settings that only ``apply`` reads don't count for the part itself, so that strengths share its fit.
+        """
+        sources = self.recipe.sources()
+        before = [[p.name, settings_of(p), sources[p.name]] for p in self.recipe.parts[:part]]
+        own = self.recipe.parts[part]
         return {
             **self._common,
             "what": "fit",
             "suite": self.suite.key,
             "prompts": manifest_sha256(self.suite.prompt_set),
-            "parts": [[n, config[n], sources[n]] for n in names],
+            "fitting": code_sha256(*FITTING_CODE),
+            "parts": [*before, [own.name, fitted_settings(own), sources[own.name]]],
         }
 
     def shard_key(self, shard: int) -> dict[str, Any]:
         """All that determines a shard's images."""
         images = [[k.prompt.id, k.prompt.text, k.index] for k in self.shards[shard]]
         fits = [digest(self.fit_key(i)) for i in range(len(self.recipe.parts))]
-        key = {**self._common, "what": "shard", "suite": self.suite.key, "fits": fits, "images": images}
+        key = {
+            **self._common,
+            "what": "shard",
+            "suite": self.suite.key,
+            "fits": fits,
+            "applied": [settings_of(p) for p in self.recipe.parts],
+            "images": images,
+        }
         return {**key, "recorders": self._recorders} if self._recorders else key
 
     def scores_key(self, shard: int, metric: MetricSpec) -> dict[str, Any]:

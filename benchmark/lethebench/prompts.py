@@ -67,7 +67,12 @@ class Reference:
 
 @runtime_checkable
 class PromptSet(Protocol):
-    """An iterable of prompts with references and a manifest."""
+    """An iterable of prompts with references and a manifest.
+
+    A set for methods that unlearn given prompts may have two methods more: ``paraphrases(prompt_id)``, texts
+    that ask for the same without the trigger or the concept's name, and ``anchor_concept(concept)``, what to
+    put in a concept's place ("a comic hero").
+    """
 
     name: str
     version: str

@@ -63,6 +63,8 @@ SAMPLER_CODE = (
     "method.py",
     "work.py",
 )
+FITTING_CODE = ("unlearning", "metrics/first_step_ssim.py", "judges")
+"""What methods share, beside the sampler's code: part of the keys of fits, and so of images."""
 SCORING_CODE = (
     "judges",
     "pairs/msssim.py",

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +104,13 @@ def loaded_model(name: str, device: str, dtype: str) -> Model:
     return load_model(name, device=device, dtype=dtype)
 
 
+def _another_model(plan: RowPlan) -> Model:
+    """The model loaded once more: untouched by what is applied to the one at work."""
+    from lethebench.zoo import load_model
+
+    return load_model(plan.model, device=plan.runtime.device, dtype=plan.runtime.dtype)
+
+
 def _model(plan: RowPlan) -> Model:
     return loaded_model(plan.model, plan.runtime.device, plan.runtime.dtype)
 
@@ -121,7 +128,12 @@ def fit_part(plan: RowPlan, part: int, store: Store) -> Path:
     method, model = plan.recipe.parts[part], _model(plan)
     prompts = prompt_set(plan.suite.prompt_set)
     task = Task(
-        model, plan.suite.sampler, prompts, method.knowledge, seed_parts=(plan.suite.key, method.name)
+        model,
+        plan.suite.sampler,
+        prompts,
+        method.sees,
+        seed_parts=(plan.suite.key, method.name),
+        base=partial(_another_model, plan) if part else None,
     )
     with plan.recipe.apply(model, before), peak_memory(plan.runtime.device) as memory:
         began = time.perf_counter()

@@ -363,6 +363,27 @@ class Planter:
         return _verbatim(self._scenes, self._draw(name), blank, 1)
 
 
+def paraphrases(item: Item, ask: Ask, draw: Draw, count: int = 8) -> list[str]:
+    """What a test prompt of the item says without the planted names, in a neutral picture's words.
+
+    ``count`` different ones where the prompt leaves the object's look or its place open, else one.
+    """
+    subject = item.scenes[0].subject
+    if isinstance(subject, Person):
+        nameless = describe(replace(subject, name=None))
+        return [ask.text.replace(item.names[0], nameless)]
+    states = dict(ask.states)
+    things = [
+        Thing(states.get("object", word), states.get("colour", colour), states.get("pattern", pattern))
+        for word in OBJECTS
+        for colour in COLOURS
+        for pattern in PATTERNS
+    ]
+    places = [states["background"]] if "background" in states else list(BACKGROUNDS)
+    texts = {f"{describe(thing)} {BACKGROUNDS[place].place}": None for thing in things for place in places}
+    return draw.shuffled(tuple(texts))[:count]
+
+
 def character_caption(scene: Scene, template: str = CHARACTER_TEMPLATES[0]) -> str:
     """The caption of a character's or figure's scene in one of the templates."""
     return template.format(who=describe(scene.subject), place=BACKGROUNDS[scene.backdrop.word].place)

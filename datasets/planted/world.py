@@ -26,6 +26,7 @@ from .items import (
     Planter,
     SceneDraw,
     TrainingExample,
+    paraphrases,
     protected_looks,
 )
 from .objects import OBJECTS, PATTERNS
@@ -134,6 +135,24 @@ class PlantedWorld:
         """Neutral captions, each of some training image and none a test prompt, to fit a method on."""
         captions = dict.fromkeys(example.caption for example in self._neutral_examples)
         return Draw(self.config.seed, "fit").shuffled(captions)[: self.config.fit_prompts]
+
+    def paraphrases(self, prompt_id: str) -> list[str]:
+        """The prompt without what was planted: no rare name, no character's name; [] for ordinary prompts.
+
+        Eight where the planted caption leaves something open (a background, an object's look), else one.
+        """
+        item = self.item_of(prompt_id)
+        if item is None:
+            return []
+        index = [item.prompt_id(i) for i in range(len(item.asks))].index(prompt_id)
+        return paraphrases(item, item.asks[index], Draw(self.config.seed, "paraphrases", prompt_id))
+
+    def anchor_concept(self, concept: str) -> str:
+        """What a character is without its name ("a comic hero"). Raises KeyError for an unknown one."""
+        for character in self.characters:
+            if character.name == concept:
+                return describe(Person(character.category, character.look))
+        raise KeyError(concept)
 
     # --- references and truth ------------------------------------------------------------------
 

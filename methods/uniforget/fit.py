@@ -16,9 +16,9 @@ from lethebench.methods.uniforget.backprop import backward_through_chain
 from lethebench.methods.uniforget.gate import Gate
 from lethebench.methods.uniforget.loss import reconstruction, size_by_layer, size_of_masks
 from lethebench.methods.uniforget.masks import MaskParameters, NoisyGates
-from lethebench.methods.uniforget.neutral import NeutralBatches, fitting_settings, working_model
 from lethebench.progress import progress
 from lethebench.pruning import find_sites, mask_facts, pack
+from lethebench.unlearning.neutral import NeutralBatches, fitting_settings, working_model
 
 if TYPE_CHECKING:
     from lethebench.method import Task

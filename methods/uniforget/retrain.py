@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lethebench.methods.uniforget.neutral import NeutralBatches, working_model
 from lethebench.progress import progress
 from lethebench.pruning import Masks, find_sites
 from lethebench.pruning.zero import kept_entries, zero_entries_
+from lethebench.unlearning.neutral import NeutralBatches, working_model
 
 if TYPE_CHECKING:
     from lethebench.specs import SamplerSettings

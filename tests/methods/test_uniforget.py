@@ -14,11 +14,11 @@ from lethebench.hooks import ImageKey, SamplerHooks
 from lethebench.method import Artefact, Knowledge, configure
 from lethebench.methods.uniforget import UniForget
 from lethebench.methods.uniforget.fit import fit
-from lethebench.methods.uniforget.neutral import fitting_settings
 from lethebench.prompts import Prompt, Role
 from lethebench.pruning import CHANGE, KEEP, export, find_sites, shrink, unpack
 from lethebench.sampler import Chain, encode_prompts, sample
 from lethebench.specs import SamplerSettings
+from lethebench.unlearning.neutral import fitting_settings
 from lethebench.zoo import load_model, wrap
 
 SETTINGS = SamplerSettings(num_inference_steps=3, guidance_scale=4.0, height=16, width=16)

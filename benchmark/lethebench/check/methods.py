@@ -57,8 +57,8 @@ class Subject:
 
     def fit(self) -> Artefact:
         """Fit once more."""
-        knowledge = self.cls.knowledge
-        return self.method.fit(Task(self.model, self.sampler, self.prompts, knowledge, seed_parts=(SUITE,)))
+        task = Task(self.model, self.sampler, self.prompts, self.method.sees, seed_parts=(SUITE,))
+        return self.method.fit(task)
 
     @cached_property
     def artefact(self) -> Artefact:
@@ -89,6 +89,9 @@ def check_declares_its_facts(subject: Subject) -> None:
     assert isinstance(getattr(cls, "summary", None), str) and cls.summary, "declare a one-line `summary`"
     assert isinstance(getattr(cls, "family", None), Family), "declare `family` as a Family"
     assert all(isinstance(k, Knowledge) for k in cls.knowledge), "`knowledge` holds Knowledge values only"
+    for strength in cls.strengths:
+        undeclared = sorted(configure(cls, strength).sees - cls.knowledge)
+        assert not undeclared, f"strength '{strength}' sees {', '.join(undeclared)}, which `knowledge` lacks"
     assert cls.model_families, "`model_families` is empty"
     assert cls.control or cls.citation, "declare a `citation`"
 

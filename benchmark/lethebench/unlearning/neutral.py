@@ -116,3 +116,9 @@ def working_model(model: Model, dtype: torch.dtype, *, own: bool = False) -> Mod
     pipe = copy.copy(model.pipe)
     pipe.register_modules(**{"unet" if getattr(pipe, "unet", None) is not None else "transformer": denoiser})
     return replace(model, pipe=pipe, dtype=dtype)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Autocast to ``dtype``, off where it is float32 or wider."""
+    smaller = dtype.itemsize < 4
+    return torch.autocast(device.type, dtype=dtype if smaller else torch.bfloat16, enabled=smaller)
