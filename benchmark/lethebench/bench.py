@@ -85,7 +85,20 @@ def plan_rows(
 
 
 def _every_method() -> list[str]:
-    return [name for name, cls in METHODS.items() if not cls.control]
+    return [name for name, cls in METHODS.items() if not cls.control and not cls.follows]
+
+
+def one_row(method: str, suite: str, model: str | None, strength: str) -> RowPlan:
+    """The plan of one setting of a method. Raises UserError where ``strength`` is none of its settings."""
+    spec = load_suite(suite)
+    if strength == "all":
+        raise UserError("name one strength of the method: --strength strong")
+    plan = RowPlan(spec, model or spec.model, recipes(method, strength, None, spec.fit)[0], Runtime())
+    _check_model(plan.model)
+    reason = plan.recipe.unsupported(_family(plan.model))
+    if reason is not None:
+        raise UserError(reason)
+    return plan
 
 
 def run(

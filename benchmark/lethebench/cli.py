@@ -184,6 +184,21 @@ app.command(
 )(_stage("scores", "scored shards"))
 
 
+@app.command(epilog="Example: lethe export uniforget+retrain --strength strong --out my-model")
+def export(
+    method: Annotated[str, typer.Argument(help="A method, a+b, or path.py:Class.")],
+    strength: Annotated[str, typer.Option(help="One strength of the method.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the mitigated model.")],
+    suite: SuiteName = "planted",
+    model: ModelName = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Write the mitigated model of a permanent edit as a folder; fits it first where need be."""
+    from lethebench.export import export_fitted
+
+    print(export_fitted(method, out, suite=suite, model=model, strength=strength, runs=runs))
+
+
 @app.command(epilog="Example: lethe leaderboard --runs runs --out site")
 def leaderboard(
     runs: Runs = Path("runs"),

@@ -105,6 +105,11 @@ def recipes(
     """
     specs = tuple(spec.split("+"))
     classes = [METHODS.get(s) for s in specs]
+    if classes[0].follows:
+        raise UserError(
+            f"method '{classes[0].name}' works on what others changed: name one before it, "
+            f"uniforget+{classes[0].name}"
+        )
     if strength == "all":
         count = max(len(c.strengths) for c in classes)
         chosen = [[list(c.strengths)[min(i, len(c.strengths) - 1)] for c in classes] for i in range(count)]

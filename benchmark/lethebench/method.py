@@ -184,6 +184,8 @@ class Method(ABC):
     """A baseline that every table pins (base, blank, ...)."""
     quick: ClassVar[Mapping[str, Any]] = {}
     """Overrides that make a fit take seconds, for ``lethe check``."""
+    follows: ClassVar[bool] = False
+    """Means something only after other methods in a composition (``retrain``)."""
     generates: ClassVar[bool] = True
     """False where no denoising is needed because the images don't depend on the model."""
 

@@ -1,30 +1,26 @@
-"""Fine-tuning a pruned model on neutral prompts, while what was removed stays removed.
-
-The paper fine-tunes all parameters "utilizing the same training configuration" and says no more. Ours is
-distillation: at latents along the base model's own chains of neutral prompts, the pruned model learns the
-base model's predictions (with and without the prompt). No training image is needed, so the method's
-knowledge stays neutral prompts. It takes any masks: a wrapper for other permanent edits can use it as it is.
-"""
+"""Distilling the base model's predictions into an edited one."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lethebench.method import Artefact
 from lethebench.progress import progress
-from lethebench.pruning import Masks, find_sites
-from lethebench.pruning.zero import kept_entries, zero_entries_
-from lethebench.unlearning.neutral import NeutralBatches, working_model
+from lethebench.unlearning import NeutralBatches, autocast, chosen_prompts, fitting_settings, working_model
+from lethebench.unlearning.edits import EDIT
 
 if TYPE_CHECKING:
-    from lethebench.specs import SamplerSettings
-    from lethebench.zoo import Model
+    from lethebench.method import Task
+    from lethebench.methods.retrain import Retrain
+
+CURVE_POINTS = 20
+"""Points of the loss curve that the facts keep."""
 
 
 @dataclass(frozen=True)
@@ -37,51 +33,71 @@ class Lesson:
     predictions: tuple[Tensor, ...]
 
 
-def retrain(
-    model: Model,
-    masks: Masks,
-    texts: Sequence[str],
-    *,
-    settings: SamplerSettings,
-    steps: int,
-    lr: float,
-    batch_size: int,
-    dtype: torch.dtype,
-    draws: torch.Generator,
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What fine-tuning adds to each parameter of the denoiser, by name, and facts.
+def fit(method: Retrain, task: Task) -> Artefact:
+    """What fine-tuning adds to each parameter of the denoiser, and facts.
 
-    ``model`` is the base model and stays as it is; a float32 copy of its denoiser is trained (AdamW, cosine),
-    under autocast to ``dtype`` where that is smaller. Masked entries are set to zero after every step.
+    A float32 copy of the edited denoiser is trained (AdamW without weight decay, cosine), under autocast
+    where the arithmetic is smaller. Entries that the edit set to zero are set to zero after every step.
     """
     began = time.perf_counter()
-    student = working_model(model, torch.float32, own=True)
-    batches = NeutralBatches(student, texts, settings, batch_size, draws)
-    lessons = teach(batches, dtype, steps)
+    base, student = task.base(), working_model(task.model, torch.float32, own=True)
+    dtype = getattr(torch, method.dtype)
+    texts = chosen_prompts(task.neutral_prompts(), method.prompts, task.generator("prompts"))
+    steps = task.sampler.num_inference_steps
+    settings = fitting_settings(task.sampler, task.model.family, steps, method.guidance)
+    taught, learning = (
+        NeutralBatches(m, texts, settings, method.batch_size, task.generator("noise"))
+        for m in (base, student)
+    )
+    lessons = teach(taught, dtype, method.steps)
     denoiser = student.denoiser
-    kept = kept_entries(denoiser, find_sites(denoiser), masks)
-    base = {name: p.detach().clone() for name, p in denoiser.named_parameters()}
-    zero_entries_(denoiser, kept)
+    removed = removed_entries(denoiser, base.denoiser)
+    before = {name: p.detach().clone() for name, p in denoiser.named_parameters()}
     denoiser.requires_grad_(True)
-    optimiser = torch.optim.AdamW(denoiser.parameters(), lr=lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=steps)
+    optimiser = torch.optim.AdamW(denoiser.parameters(), lr=method.lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=method.steps)
     curve: list[dict[str, float]] = []
-    order = torch.randint(len(lessons), (steps,), generator=draws).tolist()
-    with progress("retrain", total=steps) as bar:
+    order = torch.randint(len(lessons), (method.steps,), generator=task.generator("order")).tolist()
+    with torch.enable_grad(), progress("retrain", total=method.steps) as bar:
         for step, number in enumerate(order):
             optimiser.zero_grad()
-            error = lesson_error(batches, lessons[number], dtype)
+            error = lesson_error(learning, lessons[number], dtype)
             error.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             schedule.step()
-            zero_entries_(denoiser, kept)
-            if step % max(1, steps // 10) == 0 or step == steps - 1:
+            remove_(denoiser, removed)
+            if step % max(1, method.steps // CURVE_POINTS) == 0 or step == method.steps - 1:
                 curve.append({"step": step, "error": float(error.detach())})
             bar.advance(note=f"error {float(error.detach()):.4f}")
-    denoiser.requires_grad_(False)
-    changes = {name: p.detach() - base[name] for name, p in denoiser.named_parameters()}
-    seconds = round(time.perf_counter() - began, 1)
-    return changes, {"curve": curve, "lessons": len(lessons), "timing": {"seconds": seconds}}
+    tensors = {f"{EDIT}denoiser.{n}": p.detach() - before[n] for n, p in denoiser.named_parameters()}
+    total = sum(p.numel() for p in denoiser.parameters())
+    facts: dict[str, Any] = {
+        "retraining": {
+            "curve": curve,
+            "lessons": len(lessons),
+            "kept_removed": sum(int(entries.sum()) for entries in removed.values()) / total,
+            "timing": {"seconds": round(time.perf_counter() - began, 1)},
+        }
+    }
+    return Artefact(tensors, facts)
+
+
+def removed_entries(edited: nn.Module, base: nn.Module) -> dict[str, Tensor]:
+    """By parameter, which entries are zero in the edited model and weren't in the base; others left out."""
+    originals = dict(base.named_parameters())
+    found = {}
+    for name, parameter in edited.named_parameters():
+        zero = (parameter.detach() == 0) & (originals[name].detach() != 0)
+        if bool(zero.any()):
+            found[name] = zero
+    return found
+
+
+@torch.no_grad()
+def remove_(denoiser: nn.Module, removed: dict[str, Tensor]) -> None:
+    """Set the entries to zero, in place."""
+    for name, entries in removed.items():
+        denoiser.get_parameter(name).masked_fill_(entries, 0.0)
 
 
 def teach(batches: NeutralBatches, dtype: torch.dtype, enough: int) -> list[Lesson]:
@@ -107,11 +123,6 @@ def lesson_error(batches: NeutralBatches, lesson: Lesson, dtype: torch.dtype) ->
         found = _parts(chain.predict(lesson.step, lesson.latents))
     pairs = zip(found, lesson.predictions, strict=True)
     return torch.stack([F.mse_loss(got, wanted) for got, wanted in pairs]).mean()
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Autocast to ``dtype``, off where it is float32 or wider."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype.itemsize < 4)
 
 
 def _parts(predicted: Any) -> tuple[Tensor, ...]:

@@ -45,7 +45,9 @@ class UniForget(Method):
     )
     attn: bool = setting(False, "mask attention heads (off in the paper: its Table 4)")
     objective: str = setting(
-        "uniforget", "sparsity term: 'uniforget' (mean over all elements) or 'ecodiff' (by layer)"
+        "uniforget",
+        "sparsity term: 'uniforget' (mean over all elements), 'ecodiff' (by layer), or 'ecodiff-raw' (by "
+        "layer, of the mask parameters themselves)",
     )
     init: float = setting(3.0, "initial mask parameter (EcoDiff's FLUX configuration; the paper doesn't say)")
     temperature: float = setting(
@@ -85,11 +87,6 @@ class UniForget(Method):
     dtype: str = setting(
         "bfloat16", "type of the denoiser while fitting: bfloat16, float32 or model (masks: float32)"
     )
-    retrain_steps: int = setting(
-        0, "fine-tuning steps of what is left, on neutral prompts (the paper's 'w retrain')"
-    )
-    retrain_lr: float = setting(1e-4, "learning rate of the fine-tuning (the paper doesn't say)")
-    retrain_batch_size: int = setting(16, "prompts a fine-tuning step (ours)")
 
     name = "uniforget"
     summary = (
@@ -109,11 +106,11 @@ class UniForget(Method):
         """Refuse settings that contradict themselves."""
         if not self.kinds:
             raise ValueError("no kind of mask is on: switch on ffn, norm, residual or attn")
-        if self.objective not in ("uniforget", "ecodiff"):
-            raise ValueError(f"objective is 'uniforget' or 'ecodiff', not '{self.objective}'")
+        if self.objective not in ("uniforget", "ecodiff", "ecodiff-raw"):
+            raise ValueError(f"objective is 'uniforget', 'ecodiff' or 'ecodiff-raw', not '{self.objective}'")
         if self.dtype not in ("bfloat16", "float32", "model"):
             raise ValueError(f"dtype is 'bfloat16', 'float32' or 'model', not '{self.dtype}'")
-        for name in ("steps", "prompts", "batch_size", "chain_steps", "retrain_batch_size"):
+        for name in ("steps", "prompts", "batch_size", "chain_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.stretch_low >= 0 or self.stretch_high <= 1:
@@ -125,14 +122,14 @@ class UniForget(Method):
         return tuple(kind for kind in ("ffn", "norm", "residual", "attn") if getattr(self, kind))
 
     def fit(self, task: Task) -> Artefact:
-        """Learn the masks, make them binary, and fine-tune what is left if ``retrain_steps`` is set."""
+        """Learn the masks and make them binary."""
         from lethebench.methods.uniforget.fit import fit
 
         return fit(self, task)
 
     @contextmanager
     def apply(self, model: Model, artefact: Artefact) -> Iterator[SamplerHooks]:
-        """Zero the weights of what is off (and add the fine-tuning's changes) while the context is open.
+        """Zero the weights of what is off while the context is open.
 
         The output is that of the physically smaller model (``lethebench.pruning.shrink``); zeros leave every
         module under its name, for methods that are applied on top.

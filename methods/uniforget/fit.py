@@ -1,4 +1,4 @@
-"""Fitting UniForget: learn the masks, make them binary, fine-tune what is left."""
+"""Fitting UniForget: learn the masks and make them binary."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ from lethebench.methods.uniforget.loss import reconstruction, size_by_layer, siz
 from lethebench.methods.uniforget.masks import MaskParameters, NoisyGates
 from lethebench.progress import progress
 from lethebench.pruning import find_sites, mask_facts, pack
-from lethebench.unlearning.neutral import NeutralBatches, fitting_settings, working_model
+from lethebench.unlearning.neutral import (
+    NeutralBatches,
+    chosen_prompts,
+    fitting_settings,
+    working_model,
+)
 
 if TYPE_CHECKING:
     from lethebench.method import Task
@@ -31,30 +36,13 @@ SMALL_LATENTS = 2**12
 
 
 def fit(method: UniForget, task: Task) -> Artefact:
-    """The artefact: binary masks, mask parameters, changes of retrained weights, and facts."""
+    """The artefact: binary masks, mask parameters and facts."""
     texts = chosen_prompts(task.neutral_prompts(), method.prompts, task.generator("prompts"))
     masks, learnt = learn_masks(method, task, texts)
     gate = gate_of(method)
     kept = {name: gate.kept(m, method.threshold).cpu() for name, m in masks.by_site(_detached(masks)).items()}
     facts: dict[str, Any] = {**mask_facts(task.model.denoiser, kept), "learning": learnt}
-    changes: dict[str, Tensor] = {}
-    if method.retrain_steps:
-        from lethebench.methods.uniforget.retrain import retrain
-
-        changes, facts["retraining"] = retrain(
-            task.model,
-            kept,
-            texts,
-            settings=fitting_settings(
-                task.sampler, task.model.family, task.sampler.num_inference_steps, method.guidance
-            ),
-            steps=method.retrain_steps,
-            lr=method.retrain_lr,
-            batch_size=method.retrain_batch_size,
-            dtype=dtype_of(method, task.model.dtype),
-            draws=task.generator("retrain"),
-        )
-    tensors = pack(kept, changes)
+    tensors = pack(kept)
     tensors.update({f"mask.{kind}": value.cpu() for kind, value in _detached(masks).items()})
     return Artefact(tensors, facts)
 
@@ -118,8 +106,9 @@ def attention_for(batches: NeutralBatches) -> AbstractContextManager[Any]:
 
 def size_term(method: UniForget, masks: MaskParameters) -> Tensor:
     """The sparsity term of the loss, without beta."""
-    if method.objective == "ecodiff":
-        return size_by_layer(masks.layers(), method.gamma, method.delta)
+    if method.objective in ("ecodiff", "ecodiff-raw"):
+        bounded = method.objective == "ecodiff"
+        return size_by_layer(masks.layers(), method.gamma, method.delta, bounded=bounded)
     return size_of_masks(masks.by_kind, method.gamma, method.delta)
 
 
@@ -144,13 +133,6 @@ def gate_of(method: UniForget) -> Gate:
 def dtype_of(method: UniForget, own: torch.dtype) -> torch.dtype:
     """The denoiser's type while fitting."""
     return own if method.dtype == "model" else getattr(torch, method.dtype)  # type: ignore[no-any-return]
-
-
-def chosen_prompts(texts: Sequence[str], count: int, draws: torch.Generator) -> list[str]:
-    """At most ``count`` of the texts, at random without replacement. Raises UserError where none is."""
-    if not texts:
-        raise UserError("the prompt set has no neutral prompts to fit on (training_prompts)")
-    return [texts[i] for i in torch.randperm(len(texts), generator=draws)[:count].tolist()]
 
 
 def _detached(masks: MaskParameters) -> dict[str, Tensor]:

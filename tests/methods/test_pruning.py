@@ -18,6 +18,8 @@ from lethebench.pruning import (
     zero_,
     zeroed,
 )
+from lethebench.unlearning import applied
+from lethebench.zoo import wrap
 
 
 def masked(tiny, masks):
@@ -167,9 +169,9 @@ def test_installed_inside_another_installation(any_tiny, random_masks):
     """Composed methods: each context restores what it found."""
     first = pack(random_masks(any_tiny.denoiser, 0.2, seed=1))
     name = next(n for n, _ in any_tiny.denoiser.named_parameters() if n.endswith("weight"))
-    second = pack({}, {name: torch.full_like(any_tiny.denoiser.get_parameter(name), 0.01)})
+    second = {f"edit.denoiser.{name}": torch.full_like(any_tiny.denoiser.get_parameter(name), 0.01)}
     base = any_tiny.output()
-    with installed(any_tiny.denoiser, second):
+    with applied(wrap(any_tiny.pipe), second):
         changed = any_tiny.output()
         with installed(any_tiny.denoiser, first):
             assert differ(any_tiny.output(), changed) > 0

@@ -5,20 +5,18 @@
 - :func:`gated`: multiply them by gates while a context is open (soft or hard masks);
 - :func:`zeroed`, :func:`zero_`: set the weights of the masked parts to zero; same output as hard masks;
 - :func:`shrink`, :func:`save_pruned`, :func:`load_pruned`: a physically smaller pipeline; same output;
-- :func:`pack`, :func:`unpack`, :func:`installed`, :func:`mask_facts`: masks as a method's artefact;
-- :func:`export`: a model with a fitted artefact, physically smaller, as a folder that Lethe loads.
+- :func:`pack`, :func:`unpack`, :func:`installed`, :func:`mask_facts`: masks as a method's artefact.
 
 A mask maps the name of a site to a boolean vector: True keeps the element.
 """
 
-from lethebench.pruning.artefact import CHANGE, KEEP, export, installed, mask_facts, pack, unpack
+from lethebench.pruning.artefact import KEEP, installed, mask_facts, pack, unpack
 from lethebench.pruning.gates import gated
 from lethebench.pruning.shrink import load_pruned, save_pruned, shrink
 from lethebench.pruning.sites import KINDS, Masks, Site, check_masks, find_sites
 from lethebench.pruning.zero import Counts, count, zero_, zeroed
 
 __all__ = [
-    "CHANGE",
     "KEEP",
     "KINDS",
     "Counts",
@@ -26,7 +24,6 @@ __all__ = [
     "Site",
     "check_masks",
     "count",
-    "export",
     "find_sites",
     "gated",
     "installed",

@@ -13,7 +13,13 @@
 from lethebench.unlearning.diffusion import draw_latents, encode, noised, prediction, training_target
 from lethebench.unlearning.edits import EDIT, Editable, applied, editable
 from lethebench.unlearning.groups import GROUPS, parameter_group
-from lethebench.unlearning.neutral import NeutralBatches, autocast, fitting_settings, working_model
+from lethebench.unlearning.neutral import (
+    NeutralBatches,
+    autocast,
+    chosen_prompts,
+    fitting_settings,
+    working_model,
+)
 from lethebench.unlearning.targets import TARGETS, Target, find_targets
 
 __all__ = [
@@ -25,6 +31,7 @@ __all__ = [
     "Target",
     "applied",
     "autocast",
+    "chosen_prompts",
     "draw_latents",
     "editable",
     "encode",

@@ -17,7 +17,6 @@ from lethebench.hooks import Conditioning, ImageKey
 from lethebench.prompts import Prompt, Role
 from lethebench.sampler import Chain, encode_prompts
 from lethebench.sampler._families import adapter_for
-from lethebench.seeding import derive_seed
 
 if TYPE_CHECKING:
     from lethebench.specs import SamplerSettings
@@ -41,19 +40,17 @@ def draw_latents(
 ) -> Tensor:
     """Final latents that the model draws for texts, ``[len(texts), ...]``, without gradients.
 
-    Each text has noise of its own. ``settings`` must name a scheduler that a :class:`Chain` takes
-    (``fitting_settings`` sees to it). The latents are not decoded: no round trip through the VAE.
+    Each text has noise of its own, whatever the batch. ``settings`` must name a scheduler that a
+    :class:`Chain` takes (``fitting_settings`` sees to it). The latents are not decoded: no round trip through
+    the VAE.
     """
-    seed = int(torch.randint(2**62, (1,), generator=draws))
+    suite = f"draw-{int(torch.randint(2**62, (1,), generator=draws))}"
+    keys = [ImageKey(suite, Prompt(str(i), t, Role.NEUTRAL, cluster=""), 0) for i, t in enumerate(texts)]
     found = []
     with torch.no_grad():
-        for start in range(0, len(texts), batch_size):
-            part = list(texts[start : start + batch_size])
-            suite = f"draw-{derive_seed(seed, start)}"
-            keys = [
-                ImageKey(suite, Prompt(str(i), t, Role.NEUTRAL, cluster=""), 0) for i, t in enumerate(part)
-            ]
-            chain = Chain(model, encode(model, part, settings), settings, keys)
+        for start in range(0, len(keys), batch_size):
+            part = keys[start : start + batch_size]
+            chain = Chain(model, encode(model, [k.prompt.text for k in part], settings), settings, part)
             found.append(chain.run(chain.initial()))
     return torch.cat(found)
 

@@ -88,9 +88,9 @@ GROUPS: dict[str, Callable[[Model], list[str]]] = {
     "text-projections": _text_projections,
     "embedding": _embedding,
 }
-"""Groups by name. Joint-attention transformers (SD3, FLUX) have no cross-attention: the text stream's projections
-take its part (``add_q_proj``, ``add_k_proj``, ``add_v_proj``, ``to_add_out``; minimalist concept erasure's EAP
-trains such a group, too).
+"""Groups by name. Joint-attention transformers (SD3, FLUX) have no cross-attention: the text stream's
+projections take its part (``add_q_proj``, ``add_k_proj``, ``add_v_proj``, ``to_add_out``; minimalist concept
+erasure's EAP trains such a group, too).
 
 ``cross-attn-kv``
     Keys and values of cross-attention (``attn2.to_k``, ``attn2.to_v``): Concept Ablation, ESD-x-strict, UCE.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from lethebench.errors import UserError
 from lethebench.hooks import ImageKey
 from lethebench.prompts import Prompt, Role
 from lethebench.sampler import Chain, encode_prompts
@@ -122,3 +123,10 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Autocast to ``dtype``, off where it is float32 or wider."""
     smaller = dtype.itemsize < 4
     return torch.autocast(device.type, dtype=dtype if smaller else torch.bfloat16, enabled=smaller)
+
+
+def chosen_prompts(texts: Sequence[str], count: int, draws: torch.Generator) -> list[str]:
+    """At most ``count`` of the texts, at random without replacement. Raises UserError where none is."""
+    if not texts:
+        raise UserError("the prompt set has no neutral prompts to fit on (training_prompts)")
+    return [texts[i] for i in torch.randperm(len(texts), generator=draws)[:count].tolist()]
