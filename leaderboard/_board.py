@@ -46,6 +46,8 @@ from lethebench.leaderboard._plot import (
 from lethebench.leaderboard._rank import Rank, rank_rows
 from lethebench.leaderboard._rows import Entry, in_strength_order
 from lethebench.leaderboard._tables import read_table
+from lethebench.leaderboard._targets import Section as TargetSection
+from lethebench.leaderboard._targets import section as target_section
 from lethebench.row import Row, ScoreRecord, Slice
 
 if TYPE_CHECKING:
@@ -135,6 +137,9 @@ class Line:
             ("Time an image", fmt.seconds(cost.seconds_per_image)),
             ("Relative to base", "" if cost.relative_to_base is None else f"{cost.relative_to_base:.2f}×"),
             ("Peak memory", fmt.size(cost.peak_memory_bytes)),
+            ("Peak memory of the fit", fmt.size(cost.fit_peak_memory_bytes)),
+            ("Unlearnt prompts", "" if cost.targets is None else str(cost.targets)),
+            ("Unlearnt items and concepts", "" if cost.clusters is None else str(cost.clusters)),
             ("Parameters changed", fmt.percent(cost.parameters_changed)),
             ("Sparsity", fmt.percent(cost.sparsity)),
             *((f"Off: {k}", fmt.percent(v)) for k, v in sorted(cost.deactivated.items())),
@@ -162,7 +167,9 @@ class Board:
     plot: tuple[Scatter, Scatter] | None
     """The plot for a wide and for a narrow page."""
     panels: list[Panel]
+    """Plots and curves leave out settings with single values overridden, where a method has named ones."""
     dose_where: str
+    targets: TargetSection | None
     curves: list[Curve]
     images: int
     headline_images: int
@@ -357,9 +364,11 @@ def _board(
     ]
     rows = [x.row for x in lines]
     drawn = resample(rows, tables, headline, adherence)
-    best = front(rows, drawn, headline, adherence)
-    series = _series(lines, headline, adherence, found, best)
-    panels, where = _panels(lines, headline)
+    named = {m: [x for x in lines if x.row.method == m and "=" not in x.row.setting] for m in looks}
+    shown = [x for x in lines if not named[x.row.method] or x in named[x.row.method]]
+    best = front([x.row for x in shown], drawn, headline, adherence)
+    series = _series(lines, shown, headline, adherence, found, best)
+    panels, where = _panels(shown, headline)
     of_base = next((x.row for x in lines if x.row.method == "base" and x.row.status == "ok"), None)
     record = None if of_base is None else of_base.scores.get(headline)
     table = tables.get(of_base.key) if of_base is not None else None
@@ -374,7 +383,8 @@ def _board(
         plot=_plots(series, found, axes, best, {x.row.key: x.id for x in lines}),
         panels=panels,
         dose_where=where,
-        curves=curves(rows, drawn, headline, adherence),
+        targets=target_section(rows, adherence, {m: look[0] for m, look in looks.items()}),
+        curves=curves([x.row for x in shown], drawn, headline, adherence),
         images=0 if table is None else len(table),
         headline_images=0 if record is None else record.n,
         headline_clusters=0 if record is None else record.clusters,
@@ -545,13 +555,21 @@ def _slice_cell(found: Slice | None, record: ScoreRecord) -> tuple[str, str]:
 # --- plots ----------------------------------------------------------------------------------------
 
 
-def _series(lines: Sequence[Line], x: str, y: str, found: Sequence[Column], best: Front) -> list[Series]:
+def _series(
+    lines: Sequence[Line],
+    shown: Sequence[Line],
+    x: str,
+    y: str,
+    found: Sequence[Column],
+    best: Front,
+) -> list[Series]:
+    """The plot's points by method: of the lines shown, with the cells at their places among all lines."""
     by_key = {c.key: c for c in found}
     if x not in by_key or y not in by_key:
         return []
     result = []
     for method, group in groupby(enumerate(lines), key=lambda pair: pair[1].row.method):
-        members = list(group)
+        members = [(i, line) for i, line in group if line in shown]
         points = [p for i, line in members if (p := _point(line, by_key[x], by_key[y], i, best)) is not None]
         if points:
             first = members[0][1]

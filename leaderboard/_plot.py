@@ -316,11 +316,15 @@ class DosePoint:
 
 @dataclass(frozen=True)
 class DoseLine:
-    """A row's shares by number of copies. ``strength`` is 0 (weakest) to 1 (strongest)."""
+    """A row's values by number of copies or targets.
+
+    ``strength`` is 0 (weakest) to 1 (strongest); a ``colour`` of None is the panel's.
+    """
 
     name: str
     points: tuple[DosePoint, ...]
     strength: float = 1.0
+    colour: int | None = None
 
 
 @dataclass(frozen=True)
@@ -353,7 +357,12 @@ class Panel:
 
 
 def panel(
-    title: str, colour: int, base: DoseLine | None, lines: Sequence[DoseLine], top_value: float
+    title: str,
+    colour: int,
+    base: DoseLine | None,
+    lines: Sequence[DoseLine],
+    top_value: float,
+    bottom_value: float = 0.0,
 ) -> Panel:
     """One small plot; the dose axis is logarithmic, its scale that of base and of these lines."""
     width, height = 220, 150
@@ -361,7 +370,7 @@ def panel(
     everything = [*lines, *([base] if base else [])]
     doses = sorted({p.dose for line in everything for p in line.points})
     sx = _Scale(math.log2(doses[0]) - 0.2, math.log2(doses[-1]) + 0.2, left, right)
-    sy = _Scale(0.0, top_value, bottom, top)
+    sy = _Scale(bottom_value, top_value, bottom, top)
 
     def draw(line: DoseLine) -> DrawnLine:
         dots = tuple((sx(math.log2(p.dose)), sy(min(p.value, top_value))) for p in line.points)
@@ -372,7 +381,7 @@ def panel(
     return Panel(
         title, colour, width, height, left, right, top, bottom,
         tuple(Tick(sx(math.log2(d)), str(d)) for d in shown),
-        tuple(Tick(sy(t), percent(t)) for t in ticks(0, top_value, 2)),
+        tuple(Tick(sy(t), percent(t)) for t in ticks(bottom_value, top_value, 2)),
         draw(base) if base else None,
         _band(base, sx, sy, top_value) if base else "",
         tuple(draw(line) for line in lines),

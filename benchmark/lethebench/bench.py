@@ -31,7 +31,7 @@ from lethebench.plan import (
 from lethebench.progress import progress
 from lethebench.registry import METHODS
 from lethebench.row import Cost, Provenance, Row, ScoreRecord, Slice, SuiteKey, read_row
-from lethebench.specs import MetricSpec, Suite, load_suite
+from lethebench.specs import Extra, MetricSpec, Suite, load_suite
 from lethebench.store import Store, digest, explained, file_sha256, write_atomic
 from lethebench.work import Job
 
@@ -65,18 +65,20 @@ def plan_rows(
 ) -> list[RowPlan]:
     """The rows of a run, base first, then the suite's controls, then the methods. Raises UserError.
 
-    ``methods`` may hold ``all``: every registered method that is not a control. Everything that can
-    be wrong with names and settings is found here, before any work.
+    ``methods`` may hold ``all``: every registered method that is not a control, then the suite's ``also``.
+    Everything that can be wrong with names and settings is found here, before any work.
     """
     runtime = runtime or Runtime()
-    names = [n for m in methods for n in (_every_method() if m == "all" else [m])]
-    found: dict[tuple[str, str], Recipe] = {}
     fixed = {"base": "all", **(suite.controls if controls else {})}
-    for name, chosen in fixed.items():
-        for recipe in recipes(name, chosen, None, suite.fit):
-            found.setdefault((recipe.name, recipe.setting), recipe)
-    for name in names:
-        for recipe in recipes(name, strength, overrides, suite.fit):
+    asked = [Extra(method=name, strength=chosen) for name, chosen in fixed.items()]
+    for name in methods:
+        every = name == "all"
+        single = _every_method() if every else [name]
+        asked += [Extra(method=n, strength=strength, set=dict(overrides or {})) for n in single]
+        asked += suite.also if every else ()
+    found: dict[tuple[str, str], Recipe] = {}
+    for one in asked:
+        for recipe in recipes(one.method, one.strength, one.set, suite.fit):
             found.setdefault((recipe.name, recipe.setting), recipe)
     require_own_names(suite.metrics)
     for spec in suite.metrics:
@@ -369,15 +371,22 @@ def _cost(plan: RowPlan, base: RowPlan, store: Store) -> tuple[str, Cost]:
     own, of_base = _per_image(shards), _per_image(_measured(base, "shard", store))
     peaks = [m["peak_memory_bytes"] for m in (*fits, *shards) if m["peak_memory_bytes"] is not None]
     facts: dict[str, Any] = {}
+    changed: list[float] = []
     for part in range(len(plan.recipe.parts)):
         record = json.loads((store.path("fit", plan.fit_key(part)) / "artefact.json").read_text())
         facts.update(record["facts"])
+        if record["facts"].get("parameters_changed") is not None:
+            changed.append(record["facts"]["parameters_changed"])
+    fit_peaks = [m["peak_memory_bytes"] for m in fits if m["peak_memory_bytes"] is not None]
     cost = Cost(
         fit_seconds=sum(m["seconds"] for m in fits),
+        fit_peak_memory_bytes=max(fit_peaks, default=None),
         seconds_per_image=own,
         relative_to_base=own / of_base if of_base else None,
         peak_memory_bytes=max(peaks, default=None),
-        parameters_changed=facts.get("parameters_changed"),
+        parameters_changed=min(1.0, sum(changed)) if changed else None,
+        targets=facts.get("targets"),
+        clusters=facts.get("clusters"),
         sparsity=facts.get("sparsity"),
         deactivated=facts.get("deactivated", {}),
     )

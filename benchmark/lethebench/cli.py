@@ -199,6 +199,30 @@ def export(
     print(export_fitted(method, out, suite=suite, model=model, strength=strength, runs=runs))
 
 
+@app.command(epilog="Example: lethe compare nemo-c/union nemo/union --score fbmem.risk")
+def compare(
+    first: Annotated[str, typer.Argument(help="A row: METHOD/SETTING, or its folder.")],
+    second: Annotated[str, typer.Argument(help="The row to compare it with.")],
+    score: Annotated[list[str] | None, typer.Option("--score", help="A score; may be repeated.")] = None,
+    suite: SuiteName = "planted",
+    model: ModelName = None,
+    runs: Runs = Path("runs"),
+    json_: Json = False,
+) -> None:
+    """Show the paired differences between two rows, with intervals."""
+    from lethebench.comparison import compare_rows, print_comparison, row_folder
+    from lethebench.specs import load_suite
+
+    board = load_suite(suite)
+    one, other = (row_folder(n, runs, board.key, model or board.model) for n in (first, second))
+    found = compare_rows(one, other, score or (), board.metrics)
+    if json_:
+        records = [{**vars(c), "difference": c.difference and c.difference.model_dump()} for c in found]
+        print(json.dumps(records))
+    else:
+        print_comparison(first, second, found)
+
+
 @app.command(epilog="Example: lethe leaderboard --runs runs --out site")
 def leaderboard(
     runs: Runs = Path("runs"),

@@ -256,7 +256,7 @@ class RowPlan:
         return {
             "what": "row",
             "schema": SCHEMA,
-            "suite": self.suite.model_dump(mode="json", exclude={"metrics"}),
+            "suite": self.suite.model_dump(mode="json", exclude={"metrics", "also", "fit"}),
             "model": self.model,
             "setting": self.recipe.setting,
             "scores": scores,

@@ -53,14 +53,19 @@ class Slice(Spec):
 
 
 class Cost(Spec):
-    """What the row took. Sparsity and parameters changed are shares of 0 to 1."""
+    """What the row took. Sparsity and parameters changed are shares of 0 to 1 (of a composition's parts the
+    latter is the sum, at most 1). ``targets`` prompts of ``clusters`` items or concepts were unlearnt.
+    """
 
     fit_seconds: float
+    fit_peak_memory_bytes: int | None = None
     seconds_per_image: float | None
     relative_to_base: float | None
     peak_memory_bytes: int | None
     parameters_changed: float | None = None
     sparsity: float | None = None
+    targets: int | None = None
+    clusters: int | None = None
     deactivated: dict[str, float] = Field(default_factory=dict)
 
 

@@ -68,6 +68,14 @@ class MetricSpec(Spec):
         return self.name
 
 
+class Extra(Spec):
+    """Rows that a run of all methods has besides the registered ones: controls, compositions, sweeps."""
+
+    method: str
+    strength: str = "all"
+    set: dict[str, Any] = Field(default_factory=dict)
+
+
 class Suite(Spec):
     """A frozen, versioned choice of model, prompts, sampler settings and metrics."""
 
@@ -88,6 +96,8 @@ class Suite(Spec):
     bootstrap: int = Field(default=2000, ge=100)
     fit: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Overrides of single methods' settings, by method name: frozen with the suite."""
+    also: tuple[Extra, ...] = ()
+    """What ``METHOD=all`` runs besides every registered method. No row depends on it."""
 
     @field_validator("metrics")
     @classmethod

@@ -47,8 +47,10 @@ def fit(method: UniForget, task: Task) -> Artefact:
     return Artefact(tensors, facts)
 
 
-def learn_masks(method: UniForget, task: Task, texts: Sequence[str]) -> tuple[MaskParameters, dict[str, Any]]:
-    """Minimise eq. 3 over the mask parameters; also what there is to tell of it."""
+def learn_masks(
+    method: UniForget, task: Task, texts: Sequence[str], name: str = "uniforget"
+) -> tuple[MaskParameters, dict[str, Any]]:
+    """Minimise eq. 3 over the mask parameters; also what there is to tell of it. ``name`` is for the eye."""
     model = working_model(task.model, dtype_of(method, task.model.dtype))
     sites = find_sites(model.denoiser, method.kinds)
     if not sites:
@@ -60,7 +62,7 @@ def learn_masks(method: UniForget, task: Task, texts: Sequence[str]) -> tuple[Ma
     gate, seeds = gate_of(method), task.generator("gates")
     curve: list[dict[str, float]] = []
     began = time.perf_counter()
-    title = f"{method.name} beta {method.beta:g}"
+    title = f"{name} beta {method.beta:g}"
     with attention_for(batches), progress(title, total=method.steps) as bar:
         for step, number in enumerate(batches.order(method.steps)):
             seed = int(torch.randint(2**62, (1,), generator=seeds))

@@ -51,10 +51,20 @@ def tiny_model(tmp_path_factory) -> Path:
     return folder
 
 
+def write_suite(folder: Path, model: Path) -> Path:
+    metric = folder / "brightness.py"
+    metric.write_text(METRIC)
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**SUITE, "model": str(model), "metrics": [f"{metric}:Brightness"]}))
+    return path
+
+
 @pytest.fixture
 def tiny_suite(tmp_path: Path, tiny_model: Path) -> Path:
-    metric = tmp_path / "brightness.py"
-    metric.write_text(METRIC)
-    path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump({**SUITE, "model": str(tiny_model), "metrics": [f"{metric}:Brightness"]}))
-    return path
+    return write_suite(tmp_path, tiny_model)
+
+
+@pytest.fixture(scope="session")
+def shared_suite(tmp_path_factory, tiny_model: Path) -> Path:
+    """The same suite for tests that don't change it."""
+    return write_suite(tmp_path_factory.mktemp("suite"), tiny_model)

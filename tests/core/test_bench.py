@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 import lethebench
-from lethebench.bench import run
+from lethebench.bench import plan_rows, run
 from lethebench.errors import UserError
 from lethebench.plan import Runtime
 
@@ -24,7 +24,13 @@ ONE_THREAD = Runtime(threads=1)
 def _stable(path: Path) -> str:
     """A row without what a clock or a memory counter measured."""
     row = json.loads(path.read_text())
-    for field in ("fit_seconds", "seconds_per_image", "relative_to_base", "peak_memory_bytes"):
+    for field in (
+        "fit_seconds",
+        "seconds_per_image",
+        "relative_to_base",
+        "peak_memory_bytes",
+        "fit_peak_memory_bytes",
+    ):
         del row["cost"][field]
     for field in ("started", "finished"):
         del row["provenance"][field]
@@ -38,6 +44,35 @@ def _rows(runs: Path) -> dict[str, str]:
 def _bench(suite: Path, runs: Path, method: str = "random-tokens", **options) -> lethebench.bench.Outcome:
     options = {"runtime": ONE_THREAD, "strength": "weak", **options}
     return run([method], suite=str(suite), runs=runs, **options)
+
+
+def test_all_methods_means_the_suites_extras_too(tiny_suite: Path) -> None:
+    """Every method that is no control and stands alone, then what the suite's ``also`` names."""
+    from lethebench.registry import METHODS
+    from lethebench.specs import Extra, load_suite
+
+    suite = load_suite(str(tiny_suite))
+    extras = (
+        Extra(method="random-pruning", strength="weak"),
+        Extra(method="uniforget+retrain"),
+        Extra(method="uniforget", strength="weak", set={"steps": 2}),
+    )
+    more = suite.model_copy(update={"also": extras})
+    plans = [plan_rows(["all"], s, suite.model) for s in (suite, more)]
+    named = [[(p.recipe.name, p.recipe.setting) for p in found] for found in plans]
+    methods = {name for name, cls in METHODS.items() if not cls.control and not cls.follows}
+    assert {name for name, _ in named[0]} == {"base", "blank", *methods}
+    assert "retrain" not in methods and "uniforget" in methods
+    assert named[1][: len(named[0])] == named[0]
+    assert set(named[1][len(named[0]) :]) == {
+        ("random-pruning", "weak"),
+        ("uniforget+retrain", "weak+short"),
+        ("uniforget+retrain", "medium"),
+        ("uniforget+retrain", "strong+long"),
+        ("uniforget", "weak,steps=2"),
+    }
+    keys = [found[0].row_key(found[0]) for found in plans]
+    assert keys[0] == keys[1]  # no row depends on what else is run
 
 
 def test_a_run_writes_rows_tables_and_images(tiny_suite: Path, tmp_path: Path) -> None:
