@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ from lethebench.plan import (
     require_own_names,
     weights_sha256,
 )
-from lethebench.progress import progress
+from lethebench.progress import Bar, progress
 from lethebench.registry import METHODS
 from lethebench.row import Cost, Provenance, Row, ScoreRecord, Slice, SuiteKey, read_row
 from lethebench.specs import Extra, MetricSpec, Suite, load_suite
@@ -184,14 +184,37 @@ def _work(
         failed = {_row_name(f.job) for f in outcome.failures}
         jobs = [j for p in rows for j in missing(p, stage, store) if _row_name(j) not in failed]
         if jobs:
-            with progress(
-                {"fit": "fit", "shard": "generate", "scores": "score"}[stage], total=len(jobs)
-            ) as bar:
-                before = len(outcome.failures)
-                outcome.failures += runner.run(jobs, lambda job: bar.advance(1, str(job)))
-            outcome.computed[stage] += len(jobs) - (len(outcome.failures) - before)
+            title = {"fit": "fit", "shard": "generate", "scores": "score"}[stage]
+            waves = _fit_waves(jobs) if stage == "fit" else [[[j] for j in jobs]]
+            with progress(title, total=sum(map(len, waves))) as bar:
+                for wave in waves:
+                    outcome.computed[stage] += _wave(wave, runner, outcome, bar)
         if stage == until:
             return
+
+
+def _wave(wave: Sequence[Sequence[Job]], runner: Engine, outcome: Outcome, bar: Bar) -> int:
+    """Run the first of each group of jobs that are one; the number that succeeded."""
+    failed = {_row_name(f.job) for f in outcome.failures}
+    groups = [kept for group in wave if (kept := [j for j in group if _row_name(j) not in failed])]
+    broken = runner.run([group[0] for group in groups], lambda job: bar.advance(1, str(job)))
+    for failure in broken:
+        alike = next(group for group in groups if group[0] == failure.job)
+        outcome.failures += [replace(failure, job=job) for job in alike]
+    return len(groups) - len(broken)
+
+
+def _fit_waves(jobs: Sequence[Job]) -> list[list[list[Job]]]:
+    """Fits by part of the composition, each wave after the one before, jobs of one fit in a group.
+
+    So a fit that rows share (strengths that only ``apply`` tells apart, compositions with the same beginning)
+    is done once, by however many workers.
+    """
+    waves: dict[int, dict[str, list[Job]]] = {}
+    for job in jobs:
+        key = digest(job.plan().fit_key(job.number))
+        waves.setdefault(job.number, {}).setdefault(key, []).append(job)
+    return [list(waves[number].values()) for number in sorted(waves)]
 
 
 def _row_name(job: Job) -> tuple[tuple[str, ...], tuple[str, ...], tuple[tuple[str, Any], ...]]:

@@ -144,6 +144,63 @@ def test_a_failing_method_fails_its_row_and_no_other(
     assert "on purpose" in (tmp_path / "runs/tiny@1/tiny-sd/failing/default/failure.txt").read_text()
 
 
+SHARING = """
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from lethebench.hooks import SamplerHooks
+from lethebench.method import Artefact, Family, Method, setting
+
+class Shift(SamplerHooks):
+    def __init__(self, by):
+        self.by = by
+    def step_end(self, latents, step):
+        return latents + self.by
+
+@dataclass(frozen=True)
+class Sharing(Method):
+    by: float = setting(0.0, "how far", applied=True)
+    breaks: bool = setting(False, "raise in fit")
+    name = "sharing"
+    summary = "strengths that only apply tells apart"
+    family = Family.SAMPLING
+    strengths = {"weak": {"by": 0.1}, "medium": {"by": 0.2}, "strong": {"by": 0.4}}
+    citation = "made for a test"
+
+    def fit(self, task):
+        if self.breaks:
+            raise RuntimeError("on purpose")
+        with Path("FITS").open("a") as file:
+            file.write("fit ")
+        return Artefact()
+
+    @contextmanager
+    def apply(self, model, artefact):
+        yield Shift(self.by)
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_strengths_that_only_apply_tells_apart_share_a_fit(
+    tiny_suite: Path, tmp_path: Path, workers: int
+) -> None:
+    """Also where they begin a composition, and with several workers; each keeps images of its own."""
+    plugin = tmp_path / "sharing.py"
+    plugin.write_text(SHARING.replace("FITS", str(tmp_path / "fits")))
+    method = f"{plugin}:Sharing"
+    options = {"suite": str(tiny_suite), "runs": tmp_path / "runs", "runtime": ONE_THREAD, "workers": workers}
+    outcome = run([method, f"{method}+random-pruning"], **options)
+    assert all(r.status == "ok" for r in outcome.rows) and len(outcome.rows) == 2 + 3 + 3
+    assert (tmp_path / "fits").read_text() == "fit "
+    values = {r.scores["brightness.mean"].value for r in outcome.rows if r.method == "sharing"}
+    assert len(values) == 3
+    again = run([method], **options)
+    assert not any(again.computed.values())
+    broken = run([method], overrides={"breaks": True}, **options)
+    assert [r.status for r in broken.rows if r.method == "sharing"] == ["failed"] * 3
+    assert {r.reason for r in broken.rows if r.method == "sharing"} == {"RuntimeError: on purpose"}
+
+
 def test_a_method_that_asks_for_more_than_it_declares_fails(tiny_suite: Path, tmp_path: Path) -> None:
     plugin = tmp_path / "greedy.py"
     plugin.write_text(
