@@ -128,13 +128,10 @@ class Task:
     def paraphrases(self, prompt: Prompt) -> list[str]:
         """Texts that ask for what ``prompt`` does without its trigger or its concept's name.
 
-        Needs the knowledge of the prompt itself. Raises UserError where the prompt set has none.
+        Needs the knowledge of the prompt itself. Empty where the prompt set has none.
         """
         self._require(Knowledge.CONCEPT_NAMES if prompt.role is Role.CONCEPT else Knowledge.MEMORIZED_PROMPTS)
-        found = self._optional("paraphrases", prompt.id)
-        if not found:
-            raise UserError(f"prompt set '{self._prompts.name}' has no paraphrase of '{prompt.text}'")
-        return list(found)
+        return list(self._optional("paraphrases", prompt.id) or ())
 
     def anchor_concept(self, concept: str) -> str:
         """What stands for the concept without its name ("a comic hero"); "" where the set doesn't say.

@@ -30,13 +30,17 @@ def size_of_masks(masks: Mapping[str, Tensor], gamma: float, delta: float) -> Te
     return total / sum(m.numel() for m in masks.values())
 
 
-def size_by_layer(layers: Mapping[str, list[Tensor]], gamma: float, delta: float) -> Tensor:
+def size_by_layer(
+    layers: Mapping[str, list[Tensor]], gamma: float, delta: float, *, bounded: bool = True
+) -> Tensor:
     """EcoDiff's term: the mean over each layer's elements, then over layers, summed over kinds.
 
-    ``layers`` holds by kind the mask of every layer. ``calculate_reg_loss`` with p = 1 and ``lambda_reg``,
-    with the norm masks included (ours: see above).
+    ``layers`` holds by kind the mask of every layer. ``calculate_reg_loss`` with p = 1, of the relaxed masks
+    (``lambda_reg``, its FLUX configurations) or with ``bounded`` off of the masks' absolute values (SDXL,
+    SD3); with the norm masks included (ours: see above).
     """
-    kinds = [
-        torch.stack([relaxed(m, gamma, delta).mean() for m in masks]).mean() for masks in layers.values()
-    ]
-    return torch.stack(kinds).sum()
+    sizes = {
+        kind: [relaxed(m, gamma, delta).mean() if bounded else m.abs().mean() for m in masks]
+        for kind, masks in layers.items()
+    }
+    return torch.stack([torch.stack(means).mean() for means in sizes.values()]).sum()

@@ -21,6 +21,7 @@ from lethebench.unlearning import (
     noised,
     parameter_group,
     prediction,
+    require_anchors,
     training_target,
 )
 from lethebench.unlearning.edits import parameter
@@ -111,14 +112,22 @@ class Empty(Plain):
     ("which", "count", "prompts", "error", "message"),
     [
         ("everything", 0, WORLD, ValueError, "targets is triggers, concepts, all, not 'everything'"),
-        ("all", -1, WORLD, ValueError, "count must be 0"),
-        ("triggers", 0, Plain(), UserError, "'plain' has no paraphrase of 'a red star'"),
+        ("all", -1, WORLD, ValueError, "count must be a whole number, 0"),
+        ("all", "x", WORLD, ValueError, "count must be a whole number, 0"),
         ("triggers", 0, Empty(), UserError, "no triggers to unlearn"),
     ],
 )
 def test_bad_targets(which, count, prompts, error, message):
     with pytest.raises(error, match=message):
         find_targets(task(prompts=prompts), which, count)
+
+
+def test_a_set_without_paraphrases_gives_targets_without_anchors():
+    targets = find_targets(task(prompts=Plain()), "triggers")
+    assert [(t.text, t.anchors) for t in targets] == [("a red star", ())]
+    with pytest.raises(UserError, match=r"no paraphrase of 'a red star' \(1 of 1 prompts\)"):
+        require_anchors(targets)
+    require_anchors(find_targets(task()))
 
 
 # --- edits ---

@@ -6,6 +6,8 @@
 - :func:`parameter_group`: names of the parameters that the papers train;
 - :func:`encode`, :func:`draw_latents`, :func:`noised`, :func:`prediction`, :func:`training_target`: the
   pieces of a denoising loss, for every family of models;
+- ``tokens`` and ``closed_form``: prompts' token embeddings, and the ridge problem of UCE and MACE;
+  ``finetune``: the gradient loop of CA, ESD and EAP;
 - :class:`NeutralBatches`, :func:`working_model`, :func:`fitting_settings`, :func:`autocast`: fitting on
   neutral prompts.
 """
@@ -20,7 +22,7 @@ from lethebench.unlearning.neutral import (
     fitting_settings,
     working_model,
 )
-from lethebench.unlearning.targets import TARGETS, Target, find_targets
+from lethebench.unlearning.targets import TARGETS, Target, find_targets, require_anchors
 
 __all__ = [
     "EDIT",
@@ -40,6 +42,7 @@ __all__ = [
     "noised",
     "parameter_group",
     "prediction",
+    "require_anchors",
     "training_target",
     "working_model",
 ]

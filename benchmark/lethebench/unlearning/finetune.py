@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lethebench.errors import RunError
 from lethebench.progress import progress
+from lethebench.unlearning.neutral import autocast
 
 CURVE_POINTS = 20
 """Points of the loss curve, at most."""
@@ -68,16 +69,16 @@ def finetune(
         eps=optimiser.eps,
         weight_decay=optimiser.weight_decay,
     )
-    device, every = trained[0].device.type, max(1, math.ceil(steps / CURVE_POINTS))
+    device, every = trained[0].device, max(1, math.ceil(steps / CURVE_POINTS))
     curve: list[dict[str, float]] = []
     seen: list[dict[str, float]] = []
     with progress(title, total=steps) as bar:
         for step in range(steps):
             adam.zero_grad()
             for part in range(optimiser.accumulate):
-                with torch.enable_grad(), torch.autocast(device, torch.bfloat16, enabled=dtype.itemsize < 4):
+                with torch.enable_grad(), autocast(device, dtype):
                     terms = loss(step * optimiser.accumulate + part)
-                    total = torch.stack([term.float() for term in terms.values()]).sum()
+                    total = torch.stack(list(terms.values())).sum()
                 seen.append(_checked(terms, title, step))
                 (total / optimiser.accumulate).backward()  # type: ignore[no-untyped-call]
             for parameter, mask, _ in held.values():

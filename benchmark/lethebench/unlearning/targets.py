@@ -24,7 +24,8 @@ class Target:
     """A prompt whose result is to be unlearnt.
 
     ``anchors`` are prompts to put in its place: for a memorized caption its paraphrases, for a concept the
-    same prompt with ``anchor_concept`` ("a comic hero") in the name's place. Targets of one ``cluster`` are
+    same prompt with ``anchor_concept`` ("a comic hero") in the name's place; empty where the prompt set has
+    none. Targets of one ``cluster`` are
     one memorized item or one concept.
     """
 
@@ -41,8 +42,8 @@ def require_targets(which: str, count: int) -> None:
     """Raise ValueError unless ``which`` is one of :data:`TARGETS` and ``count`` isn't negative."""
     if which not in TARGETS:
         raise ValueError(f"targets is {', '.join(TARGETS)}, not '{which}'")
-    if count < 0:
-        raise ValueError(f"count must be 0 (all) or more, not {count}")
+    if not isinstance(count, int) or count < 0:
+        raise ValueError(f"count must be a whole number, 0 (all) or more, not {count!r}")
 
 
 def find_targets(task: Task, which: str = "all", count: int = 0) -> list[Target]:
@@ -66,6 +67,16 @@ def find_targets(task: Task, which: str = "all", count: int = 0) -> list[Target]
     order = torch.randperm(len(clusters), generator=task.shared_generator("targets", which)).tolist()
     kept = {clusters[i] for i in order[:count]}
     return [t for t in found if t.cluster in kept]
+
+
+def require_anchors(targets: Sequence[Target]) -> None:
+    """Raise UserError unless every target has an anchor."""
+    without = [t for t in targets if not t.anchors]
+    if without:
+        raise UserError(
+            f"the prompt set has no paraphrase of '{without[0].text}' ({len(without)} of {len(targets)} "
+            "prompts), which this setting puts in its place"
+        )
 
 
 def distinct_concepts(targets: Sequence[Target]) -> dict[str, str]:
