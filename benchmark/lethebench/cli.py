@@ -64,10 +64,19 @@ def _overrides(pairs: list[str] | None) -> dict[str, Any]:
         if not equals:
             raise UserError(f"--set takes KEY=VALUE, not '{pair}'")
         try:
-            found[key] = yaml.safe_load(value)
+            parsed = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise UserError(f"--set {key}: '{value}' is not a value") from error
+        found[key] = _number(parsed) if isinstance(parsed, str) else parsed
     return found
+
+
+def _number(text: str) -> float | str:
+    """The number that the text is, if it is one: YAML takes 1e-4 (without a dot) for a text."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _dtype(name: str) -> str:

@@ -6,6 +6,7 @@ and applies both in that order. Knowledge and cost add up.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -145,12 +146,14 @@ def _assign(overrides: Mapping[str, Any], classes: Sequence[type[Method]]) -> di
     given: dict[str, dict[str, Any]] = {c.name: {} for c in classes}
     for key, value in overrides.items():
         part, _, field = key.rpartition(".")
-        owners = [
-            c for c in classes if field in getattr(c, "__dataclass_fields__", {}) and part in ("", c.name)
-        ]
+        owners = [c for c in classes if field in _settings(c) and part in ("", c.name)]
         if len(owners) != 1:
-            known = sorted({f for c in classes for f in getattr(c, "__dataclass_fields__", {})})
+            known = sorted({f for c in classes for f in _settings(c)})
             problem = "names several parts" if owners else "is not a setting of the method"
             raise UserError(f"setting '{key}' {problem}: known {', '.join(known) or 'none'}")
         given[owners[0].name][field] = value
     return given
+
+
+def _settings(cls: type[Method]) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []

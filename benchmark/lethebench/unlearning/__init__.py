@@ -12,7 +12,14 @@
   neutral prompts.
 """
 
-from lethebench.unlearning.diffusion import draw_latents, encode, noised, prediction, training_target
+from lethebench.unlearning.diffusion import (
+    draw_latents,
+    encode,
+    noised,
+    prediction,
+    random_timesteps,
+    training_target,
+)
 from lethebench.unlearning.edits import EDIT, Editable, applied, editable
 from lethebench.unlearning.groups import GROUPS, parameter_group
 from lethebench.unlearning.neutral import (
@@ -42,6 +49,7 @@ __all__ = [
     "noised",
     "parameter_group",
     "prediction",
+    "random_timesteps",
     "require_anchors",
     "training_target",
     "working_model",
