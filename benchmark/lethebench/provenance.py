@@ -63,7 +63,7 @@ SAMPLER_CODE = (
     "method.py",
     "work.py",
 )
-FITTING_CODE = ("unlearning", "metrics/first_step_ssim.py", "judges")
+FITTING_CODE = ("unlearning", "judges")
 """What methods share, beside the sampler's code: part of the keys of fits, and so of images."""
 SCORING_CODE = (
     "judges",

@@ -21,6 +21,7 @@ import pkgutil
 import re
 import sys
 from collections.abc import Iterator
+from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -145,7 +146,8 @@ def _origin(item: Any) -> str:
 
 
 def source_sha256(item: Any) -> str:
-    """The SHA-256 of a plugin's source: of every Python file of its folder, or of its one file.
+    """The SHA-256 of a plugin's source: of every Python file of its folder, or of its one file, and of the
+    methods, metrics and prompt sets that these import.
 
     A change to the plugin changes the hash, so that its stored results no longer match.
     """
@@ -158,9 +160,27 @@ def source_sha256(item: Any) -> str:
     else:
         files = [file]
     digest = hashlib.sha256()
-    for path in files:
+    for path in _with_imported(tuple(files)):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+_IMPORT = re.compile(rb"lethebench\.(methods|metrics|datasets)\.(\w+)")
+
+
+@lru_cache(maxsize=256)
+def _with_imported(files: tuple[Path, ...]) -> list[Path]:
+    """The files, then those of every plugin of Lethe's own rooms that they name in turn."""
+    found, pending = dict.fromkeys(files), list(files)
+    package = Path(__file__).parent
+    while pending:
+        for room, name in sorted(set(_IMPORT.findall(pending.pop().read_bytes()))):
+            place = package / room.decode() / name.decode()
+            more = sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
+            new = [f for f in more if f.is_file() and not any(f.samefile(known) for known in found)]
+            found.update(dict.fromkeys(new))
+            pending += new
+    return list(found)
 
 
 METHODS: Registry[Any] = Registry(

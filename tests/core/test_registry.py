@@ -127,3 +127,19 @@ def test_two_objects_of_one_name_are_refused() -> None:
     registry.register(ModelEntry("twice", "sd", "one"))
     with pytest.raises(UserError, match="registered already"):
         registry.register(ModelEntry("twice", "sd", "other"))
+
+
+def test_source_covers_the_plugins_that_it_imports():
+    """EAP is built on ESD's files, NeMo-C on NeMo's: a change to these must not find the old results."""
+    from lethebench import methods
+    from lethebench.registry import _with_imported
+
+    room = Path(methods.__path__[0])
+
+    def covered(name):
+        files = _with_imported(tuple(sorted((room / name).glob("*.py"))))
+        return {f.parent.name for f in files}
+
+    assert {"eap", "esd"} <= covered("eap") and "eap" not in covered("esd")
+    assert {"nemo_c", "nemo"} <= covered("nemo_c")
+    assert covered("uce") == {"uce"}

@@ -174,12 +174,12 @@ def test_unknown_parameters(model):
 def test_groups(model):
     full = parameter_group(model, "full")
     assert len(full) == len(list(model.denoiser.named_parameters()))
-    cross, kv = parameter_group(model, "cross-attn"), parameter_group(model, "cross-attn-kv")
-    own, both = parameter_group(model, "self-attn"), parameter_group(model, "attn")
-    assert set(kv) < set(cross) and not set(cross) & set(own) and set(cross) | set(own) == set(both)
-    rest = parameter_group(model, "non-cross-attn")
-    assert set(own) <= set(rest) < set(full) and not set(rest) & set(cross)
-    assert not any("time_emb" in n or n.split(".")[1] in ("conv_out", "proj_out") for n in rest)
+    kv, attention = parameter_group(model, "cross-attn-kv"), parameter_group(model, "attn")
+    assert set(kv) < set(attention) < set(full)
+    assert all(n.split(".")[-2] in ("to_k", "to_v", "add_k_proj", "add_v_proj") for n in kv)
+    modules = dict(model.denoiser.named_modules())
+    parents = {modules[n.partition(".")[2].rpartition(".to_")[0] or n] for n in kv if ".attn2." in n}
+    assert all(p.is_cross_attention for p in parents)
     assert [parameter(model, n).shape[1] for n in parameter_group(model, "embedding")] == [
         e.config.hidden_size if hasattr(e.config, "hidden_size") else e.config.d_model
         for e in model.text_encoders

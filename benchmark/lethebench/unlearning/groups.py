@@ -13,14 +13,9 @@ from lethebench.errors import UserError
 if TYPE_CHECKING:
     from lethebench.zoo import Model
 
-_CROSS = re.compile(r"\.attn2\.")
 _CROSS_KV = re.compile(r"\.attn2\.to_[kv]\.weight\Z")
-_SELF = re.compile(r"\.attn1\.")
 _ATTENTION = re.compile(r"\.attn\d?\.")
 _JOINT_KV = re.compile(r"\.attn\.add_[kv]_proj\.weight\Z")
-_JOINT_TEXT = re.compile(r"\.attn\.(add_[qkv]_proj|to_add_out)\.")
-_OUTPUT = re.compile(r"\A(conv_out|conv_norm_out|proj_out|norm_out)\.")
-_TIME = re.compile(r"\A(time_embedding|time_text_embed|add_embedding)\.|time_emb_proj")
 _TEXT_INPUT = re.compile(r"\A(context_embedder\.weight|time_text_embed\.text_embedder\.linear_1\.weight)\Z")
 
 
@@ -37,24 +32,8 @@ def _cross_kv(model: Model) -> list[str]:
     return _named(model, lambda n: bool(pattern.search(n)))
 
 
-def _cross(model: Model) -> list[str]:
-    pattern = _CROSS if _has_cross_attention(model) else _JOINT_TEXT
-    return _named(model, lambda n: bool(pattern.search(n)))
-
-
-def _self(model: Model) -> list[str]:
-    if _has_cross_attention(model):
-        return _named(model, lambda n: bool(_SELF.search(n)))
-    return _named(model, lambda n: bool(_ATTENTION.search(n)) and not _JOINT_TEXT.search(n))
-
-
 def _attention(model: Model) -> list[str]:
     return _named(model, lambda n: bool(_ATTENTION.search(n)))
-
-
-def _non_cross(model: Model) -> list[str]:
-    cross = _CROSS if _has_cross_attention(model) else _JOINT_TEXT
-    return _named(model, lambda n: not (cross.search(n) or _OUTPUT.search(n) or _TIME.search(n)))
 
 
 def _full(model: Model) -> list[str]:
@@ -80,24 +59,19 @@ def _embedding(model: Model) -> list[str]:
 
 GROUPS: dict[str, Callable[[Model], list[str]]] = {
     "cross-attn-kv": _cross_kv,
-    "cross-attn": _cross,
-    "self-attn": _self,
     "attn": _attention,
-    "non-cross-attn": _non_cross,
     "full": _full,
     "text-projections": _text_projections,
     "embedding": _embedding,
 }
-"""Groups by name. Joint-attention transformers (SD3, FLUX) have no cross-attention: the text stream's
-projections take its part (``add_q_proj``, ``add_k_proj``, ``add_v_proj``, ``to_add_out``; minimalist concept
-erasure's EAP trains such a group, too).
+"""Groups by name.
 
 ``cross-attn-kv``
-    Keys and values of cross-attention (``attn2.to_k``, ``attn2.to_v``): Concept Ablation, ESD-x-strict, UCE.
-``cross-attn``, ``self-attn``, ``attn``
-    All parameters of cross-attention (ESD-x), self-attention, or both.
-``non-cross-attn``
-    All but cross-attention, the output layers and the time embedding (ESD-u).
+    Keys and values of cross-attention (``attn2.to_k``, ``attn2.to_v``): Concept Ablation, MACE. On
+    joint-attention transformers (SD3, FLUX), which have none, those of the text stream (``add_k_proj``,
+    ``add_v_proj``: ours).
+``attn``
+    All parameters of attention layers.
 ``full``
     The whole denoiser.
 ``text-projections``
