@@ -354,6 +354,7 @@ class Panel:
     band: str
     lines: tuple[DrawnLine, ...]
     doses: tuple[int, ...] = field(default=())
+    by: str = "number of copies"
 
 
 def panel(
@@ -363,8 +364,9 @@ def panel(
     lines: Sequence[DoseLine],
     top_value: float,
     bottom_value: float = 0.0,
+    by: str = "number of copies",
 ) -> Panel:
-    """One small plot; the dose axis is logarithmic, its scale that of base and of these lines."""
+    """One small plot; its axis (``by``) is logarithmic, its scale that of base and of these lines."""
     width, height = 220, 150
     left, right, top, bottom = 30.0, width - 8.0, 8.0, height - 24.0
     everything = [*lines, *([base] if base else [])]
@@ -386,6 +388,7 @@ def panel(
         _band(base, sx, sy, top_value) if base else "",
         tuple(draw(line) for line in lines),
         tuple(doses),
+        by,
     )  # fmt: skip
 
 

@@ -39,10 +39,11 @@ def section(rows: Sequence[Row], adherence: str, colours: Mapping[str, int]) -> 
         drawn: list[tuple[str, DoseLine]] = []
         for (method, setting), found in swept.items():
             points = [p for n, row in found if (p := _point(row, base, name, n)) is not None]
-            drawn.append((method, DoseLine(setting, tuple(points), colour=colours[method])))
+            drawn.append((method, DoseLine(f"{method} {setting}", tuple(points), colour=colours[method])))
         for row in untargeted:
             level = [p for n in numbers if (p := _point(row, base, name, n)) is not None]
-            drawn.append((row.method, DoseLine(row.setting, tuple(level), 0.5, colours[row.method])))
+            name_of = f"{row.method} {row.setting}"
+            drawn.append((row.method, DoseLine(name_of, tuple(level), 0.5, colours[row.method])))
         kept = [(m, line) for m, line in drawn if line.points]
         values = [v for _, line in kept for p in line.points for v in (p.value, 1.0)]
         if values:
@@ -50,21 +51,28 @@ def section(rows: Sequence[Row], adherence: str, colours: Mapping[str, int]) -> 
             ones = DoseLine("base", tuple(DosePoint(n, 1.0, None, None) for n in numbers))
             shown = [line for _, line in kept]
             panels.append(
-                panel(f"{name} / base", 0, ones, shown, max(values) + room, max(0.0, min(values) - room))
+                panel(
+                    f"{name} / base",
+                    0,
+                    ones,
+                    shown,
+                    max(values) + room,
+                    max(0.0, min(values) - room),
+                    "number of targets",
+                )
             )
-            table += [(name, method, line.name, _cells(line)) for method, line in kept]
+            table += [(name, m, line.name.removeprefix(f"{m} "), _cells(line)) for m, line in kept]
     return Section(tuple(panels), tuple(table)) if panels else None
 
 
 def _swept(rows: Sequence[Row]) -> dict[tuple[str, str], list[tuple[int, Row]]]:
-    """By method and strength, its rows by number of targets: strengths with two numbers or more."""
+    """By method and setting but for ``count``, its rows by number of targets: where there are two or more."""
     found: dict[tuple[str, str], dict[int, Row]] = {}
     for row in rows:
         clusters = row.cost.clusters if row.cost is not None else None
-        if _competes(row) and clusters and row.config.get("method", {}).get(row.method, {}).get("targets"):
-            kind = row.config["method"][row.method]["targets"]
-            strength = row.setting.partition(",")[0]
-            found.setdefault((row.method, f"{strength}, {kind}"), {})[clusters] = row
+        if _competes(row) and clusters:
+            rest = [part for part in row.setting.split(",") if not part.startswith("count=")]
+            found.setdefault((row.method, ", ".join(rest)), {})[clusters] = row
     return {key: sorted(by.items()) for key, by in found.items() if len(by) > 1}
 
 

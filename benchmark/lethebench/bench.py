@@ -65,8 +65,9 @@ def plan_rows(
 ) -> list[RowPlan]:
     """The rows of a run, base first, then the suite's controls, then the methods. Raises UserError.
 
-    ``methods`` may hold ``all``: every registered method that is not a control, then the suite's ``also``.
-    Everything that can be wrong with names and settings is found here, before any work.
+    ``methods`` may hold ``all``: every registered method that is not a control, then (at all strengths,
+    without overrides) the suite's ``also``. Everything that can be wrong with names and settings is found
+    here, before any work.
     """
     runtime = runtime or Runtime()
     fixed = {"base": "all", **(suite.controls if controls else {})}
@@ -75,7 +76,7 @@ def plan_rows(
         every = name == "all"
         single = _every_method() if every else [name]
         asked += [Extra(method=n, strength=strength, set=dict(overrides or {})) for n in single]
-        asked += suite.also if every else ()
+        asked += suite.also if every and strength == "all" and not overrides else ()
     found: dict[tuple[str, str], Recipe] = {}
     for one in asked:
         for recipe in recipes(one.method, one.strength, one.set, suite.fit):
@@ -90,12 +91,20 @@ def _every_method() -> list[str]:
     return [name for name, cls in METHODS.items() if not cls.control and not cls.follows]
 
 
-def one_row(method: str, suite: str, model: str | None, strength: str) -> RowPlan:
+def one_row(
+    method: str,
+    suite: str,
+    model: str | None,
+    strength: str,
+    overrides: Mapping[str, Any],
+    runtime: Runtime,
+) -> RowPlan:
     """The plan of one setting of a method. Raises UserError where ``strength`` is none of its settings."""
     spec = load_suite(suite)
     if strength == "all":
         raise UserError("name one strength of the method: --strength strong")
-    plan = RowPlan(spec, model or spec.model, recipes(method, strength, None, spec.fit)[0], Runtime())
+    recipe = recipes(method, strength, overrides, spec.fit)[0]
+    plan = RowPlan(spec, model or spec.model, recipe, runtime)
     _check_model(plan.model)
     reason = plan.recipe.unsupported(_family(plan.model))
     if reason is not None:
@@ -390,16 +399,18 @@ def _measured(plan: RowPlan, stage: str, store: Store) -> list[dict[str, Any]]:
 
 
 def _cost(plan: RowPlan, base: RowPlan, store: Store) -> tuple[str, Cost]:
+    from lethebench.work import read_artefact
+
     fits, shards = _measured(plan, "fit", store), _measured(plan, "shard", store)
     own, of_base = _per_image(shards), _per_image(_measured(base, "shard", store))
     peaks = [m["peak_memory_bytes"] for m in (*fits, *shards) if m["peak_memory_bytes"] is not None]
     facts: dict[str, Any] = {}
     changed: list[float] = []
-    for part in range(len(plan.recipe.parts)):
-        record = json.loads((store.path("fit", plan.fit_key(part)) / "artefact.json").read_text())
-        facts.update(record["facts"])
-        if record["facts"].get("parameters_changed") is not None:
-            changed.append(record["facts"]["parameters_changed"])
+    for number, part in enumerate(plan.recipe.parts):
+        told = part.facts(read_artefact(store.path("fit", plan.fit_key(number))))
+        facts.update(told)
+        if told.get("parameters_changed") is not None:
+            changed.append(told["parameters_changed"])
     fit_peaks = [m["peak_memory_bytes"] for m in fits if m["peak_memory_bytes"] is not None]
     cost = Cost(
         fit_seconds=sum(m["seconds"] for m in fits),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -72,11 +73,14 @@ def _overrides(pairs: list[str] | None) -> dict[str, Any]:
 
 
 def _number(text: str) -> float | str:
-    """The number that the text is, if it is one: YAML takes 1e-4 (without a dot) for a text."""
+    """The finite number that the text is, if it is one: YAML takes 1e-4 (without a dot) for a text."""
     try:
-        return float(text)
+        found = float(text)
     except ValueError:
         return text
+    if not math.isfinite(found):
+        return text
+    return int(found) if found.is_integer() else found
 
 
 def _dtype(name: str) -> str:
@@ -193,19 +197,34 @@ app.command(
 )(_stage("scores", "scored shards"))
 
 
-@app.command(epilog="Example: lethe export uniforget+retrain --strength strong --out my-model")
+@app.command(epilog="Example: lethe export uniforget+retrain --strength strong+long --out my-model")
 def export(
     method: Annotated[str, typer.Argument(help="A method, a+b, or path.py:Class.")],
     strength: Annotated[str, typer.Option(help="One strength of the method.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the mitigated model.")],
     suite: SuiteName = "planted",
     model: ModelName = None,
+    overrides: Set = None,
     runs: Runs = Path("runs"),
+    threads: Threads = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
 ) -> None:
     """Write the mitigated model of a permanent edit as a folder; fits it first where need be."""
     from lethebench.export import export_fitted
+    from lethebench.plan import Runtime
 
-    print(export_fitted(method, out, suite=suite, model=model, strength=strength, runs=runs))
+    folder = export_fitted(
+        method,
+        out,
+        suite=suite,
+        model=model,
+        strength=strength,
+        overrides=_overrides(overrides),
+        runs=runs,
+        runtime=Runtime(device=device, dtype=_dtype(dtype), threads=threads),
+    )
+    print(folder)
 
 
 @app.command(epilog="Example: lethe compare nemo-c/union nemo/union --score fbmem.risk")
@@ -224,7 +243,7 @@ def compare(
 
     board = load_suite(suite)
     one, other = (row_folder(n, runs, board.key, model or board.model) for n in (first, second))
-    found = compare_rows(one, other, score or (), board.metrics)
+    found = compare_rows(one, other, score or (), board)
     if json_:
         records = [{**vars(c), "difference": c.difference and c.difference.model_dump()} for c in found]
         print(json.dumps(records))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from lethebench.metric import Metric, Score
-    from lethebench.specs import MetricSpec
+    from lethebench.specs import Suite
 
 RESAMPLES = 2000
 
@@ -42,13 +42,18 @@ class Compared:
 def row_folder(name: str, runs: Path, suite: str, model: str) -> Path:
     """The folder of a row: a path, or ``METHOD/SETTING`` of the suite (``name@version``) on the model.
 
-    Raises UserError where there is no such row.
+    ``model`` is named as its rows' folder is, or as anywhere. Raises UserError where there is no such row.
     """
     given = Path(name)
     if (given / "row.json").is_file():
         return given
     method, slash, setting = name.partition("/")
-    folder = runs / suite / file_name(model) / file_name(method)
+    board = runs / suite / file_name(model)
+    if not board.is_dir():
+        from lethebench.zoo import find_model
+
+        board = runs / suite / file_name(find_model(model).name)
+    folder = board / file_name(method)
     settings = sorted(p.parent.name for p in folder.glob("*/row.json"))
     if not settings:
         raise UserError(f"no row of {method} in {folder.parent}: run 'lethe bench {method}' first")
@@ -61,13 +66,13 @@ def row_folder(name: str, runs: Path, suite: str, model: str) -> Path:
 
 
 def compare_rows(
-    first: Path, second: Path, scores: Sequence[str] = (), metrics: Sequence[MetricSpec] = ()
+    first: Path, second: Path, scores: Sequence[str] = (), suite: Suite | None = None
 ) -> list[Compared]:
     """Every score that both rows have (or those named), the first minus the second, paired.
 
-    The interval is a bootstrap over clusters, p from the sign-flip test (``lethebench.stats``). ``metrics``
-    are the suite's (those that only it can name, by a path). Raises UserError for rows of different boards,
-    for unknown scores, and where a row has no table of its images.
+    The interval is a bootstrap over clusters, p from the sign-flip test (``lethebench.stats``). ``suite`` is
+    the rows' own, for metrics that only it can name (by a path). Raises UserError for rows of different
+    boards, for unknown scores, and where a row has no table of its images.
     """
     from lethebench import stats
     from lethebench.leaderboard._rank import mismatch, scorer
@@ -83,13 +88,15 @@ def compare_rows(
     unknown = sorted(set(scores) - set(shared))
     if unknown:
         raise UserError(f"the rows don't both have a score '{unknown[0]}': known {', '.join(shared)}")
-    own = {m.name: m for m in map(make_metric, metrics)}
+    own = {}
+    if suite is not None and suite.key == one.key[0]:
+        own = {m.name: m for m in map(make_metric, suite.metrics)}
     found = []
     for name in scores or shared:
         metric = own.get(one.scores[name].metric)
-        made = scorer(one, name) if metric is None else (metric, _score(metric, name))
+        made = scorer(one, name) if metric is None else _found(metric, name)
         if made is None:
-            raise UserError(f"the metric '{one.scores[name].metric}' of {name} is not installed")
+            raise UserError(f"no metric '{one.scores[name].metric}' that gives {name} is installed")
         for row, table in zip(rows, tables, strict=True):
             reason = mismatch(*made, row.scores[name], table)
             if reason:
@@ -100,8 +107,9 @@ def compare_rows(
     return found
 
 
-def _score(metric: Metric, name: str) -> Score:
-    return next(s for s in metric.all_scores() if s.name == name)
+def _found(metric: Metric, name: str) -> tuple[Metric, Score] | None:
+    score = next((s for s in metric.all_scores() if s.name == name), None)
+    return None if score is None else (metric, score)
 
 
 def _table(folder: Path, row: Row) -> pd.DataFrame:

@@ -1,7 +1,9 @@
 """Methods as they are named on the command line: one, or several composed with ``+``.
 
 ``ca+uniforget`` fits ``ca`` on the base model, then ``uniforget`` on the model with ``ca`` applied,
-and applies both in that order. Knowledge and cost add up.
+and applies both in that order. Of ``ca`` what it does to the weights and modules is there in the second
+fit; hooks that act while sampling play no part in a fit. Knowledge, time and changed parameters add up; other
+facts of the cost are the last part's that has them.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lethebench.errors import UserError
-from lethebench.method import Artefact, Family, Knowledge, Method, configure, settings_of
+from lethebench.method import Artefact, Family, Knowledge, Method, configure, recorded_settings
 from lethebench.prompts import Prompt
 from lethebench.registry import METHODS, source_sha256
 
@@ -63,8 +65,8 @@ class Recipe:
         return all(p.generates for p in self.parts)
 
     def config(self) -> dict[str, Any]:
-        """Resolved settings by part."""
-        return {p.name: settings_of(p) for p in self.parts}
+        """Resolved settings by part, as a record shows them (of a path, its last name)."""
+        return {p.name: recorded_settings(p) for p in self.parts}
 
     def sources(self) -> dict[str, str]:
         """The SHA-256 of each part's plugin source."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -195,6 +196,13 @@ class Method(ABC):
         """Learn from the task, once. The result must depend only on settings and task."""
         return Artefact()
 
+    def facts(self, artefact: Artefact) -> Mapping[str, Any]:
+        """What the row's cost says of the artefact at these settings: by default what ``fit`` said.
+
+        To override where settings that only ``apply`` reads decide how much is changed.
+        """
+        return artefact.facts
+
     @contextmanager
     def apply(self, model: Model, artefact: Artefact) -> Iterator[SamplerHooks]:
         """Install the method on the model; the base model is restored when the context closes."""
@@ -216,10 +224,30 @@ def configure(cls: type[Method], strength: str, overrides: Mapping[str, Any] | N
         raise UserError(
             f"method '{cls.name}' has no setting '{unknown[0]}': known {', '.join(fields) or 'none'}"
         )
+    for name, value in values.items():
+        _check_type(cls, name, value)
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:
         raise UserError(f"method '{cls.name}': {error}") from error
+
+
+_PLAIN = {"int": int, "float": float, "bool": bool, "str": str, "None": type(None)}
+
+
+def _check_type(cls: type[Method], name: str, value: Any) -> None:
+    """Raise UserError where a setting of a plain type (``int``, ``float | None``, ...) gets another."""
+    declared = next(f.type for f in dataclasses.fields(cls) if f.name == name)  # type: ignore[arg-type]
+    names = [part.strip() for part in str(getattr(declared, "__name__", declared)).split("|")]
+    if not all(part in _PLAIN for part in names):
+        return
+    kinds = {_PLAIN[part] for part in names}
+    finite = not isinstance(value, float) or math.isfinite(value)
+    if finite and (type(value) in kinds or (type(value) is int and float in kinds)):
+        return
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    wanted = " or ".join(["null" if k is type(None) else words[k] for k in map(_PLAIN.__getitem__, names)])
+    raise UserError(f"method '{cls.name}': {name} is {wanted}, not {value!r}")
 
 
 def settings_of(plugin: object) -> dict[str, Any]:
@@ -229,7 +257,7 @@ def settings_of(plugin: object) -> dict[str, Any]:
 
 def recorded_settings(plugin: object) -> dict[str, Any]:
     """The resolved settings as a record shows them: of a path, its last name only."""
-    places = _places(plugin)
+    places = places_of(plugin)
     return {
         name: Path(value).name if name in places and value else _without_folders(value)
         for name, value in settings_of(plugin).items()
@@ -263,17 +291,21 @@ def _is_path(text: str) -> bool:
 
 def identity_of(plugin: object) -> dict[str, Any]:
     """The resolved settings that determine results: all but places."""
-    places = _places(plugin)
+    places = places_of(plugin)
     return {name: value for name, value in settings_of(plugin).items() if name not in places}
 
 
 def fitted_settings(plugin: object) -> dict[str, Any]:
-    """The resolved settings that a method's ``fit`` may read: all but those that only ``apply`` does."""
-    fields: tuple[Any, ...] = dataclasses.fields(plugin) if dataclasses.is_dataclass(plugin) else ()
-    applied = {f.name for f in fields if f.metadata.get("applied")}
-    return {name: value for name, value in settings_of(plugin).items() if name not in applied}
+    """The resolved settings that determine a method's fit: no places, none that only ``apply`` reads."""
+    applied = _marked(plugin, "applied")
+    return {name: value for name, value in identity_of(plugin).items() if name not in applied}
 
 
-def _places(plugin: object) -> set[str]:
+def places_of(plugin: object) -> set[str]:
+    """The settings that say where a file lies."""
+    return _marked(plugin, "place")
+
+
+def _marked(plugin: object, mark: str) -> set[str]:
     fields: tuple[Any, ...] = dataclasses.fields(plugin) if dataclasses.is_dataclass(plugin) else ()
-    return {f.name for f in fields if f.metadata.get("place")}
+    return {f.name for f in fields if f.metadata.get(mark)}

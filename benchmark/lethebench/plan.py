@@ -13,7 +13,7 @@ from urllib.parse import quote
 from lethebench.composition import Recipe
 from lethebench.errors import UserError
 from lethebench.hooks import ImageKey
-from lethebench.method import fitted_settings, identity_of, settings_of
+from lethebench.method import Method, fitted_settings, identity_of, places_of, settings_of
 from lethebench.metric import Metric, configure_metric
 from lethebench.prompts import Prompt, PromptSet
 from lethebench.provenance import (
@@ -104,6 +104,13 @@ def require_own_names(specs: Sequence[MetricSpec]) -> None:
 def metric_files(metric: Metric) -> dict[str, str]:
     """The SHA-256 of each file that determines the metric's values."""
     return {name: known_sha256(path) for name, path in metric.weights().items()}
+
+
+def setting_files(method: Method) -> dict[str, str]:
+    """The SHA-256 of each file that a method's settings name (those declared as places)."""
+    found = settings_of(method)
+    places = {name: Path(found[name]) for name in places_of(method) if found[name]}
+    return {name: known_sha256(path) for name, path in places.items() if path.is_file()}
 
 
 def chosen(suite: Suite, prompts: PromptSet) -> list[tuple[Prompt, int]]:
@@ -209,7 +216,7 @@ class RowPlan:
         Settings that only ``apply`` reads don't count for the part itself, so that strengths share its fit.
         """
         sources = self.recipe.sources()
-        before = [[p.name, settings_of(p), sources[p.name]] for p in self.recipe.parts[:part]]
+        before = [[p.name, identity_of(p), sources[p.name]] for p in self.recipe.parts[:part]]
         own = self.recipe.parts[part]
         return {
             **self._common,
@@ -217,7 +224,9 @@ class RowPlan:
             "suite": self.suite.key,
             "prompts": manifest_sha256(self.suite.prompt_set),
             "fitting": code_sha256(*FITTING_CODE),
+            "judges": judges_sha256(),
             "parts": [*before, [own.name, fitted_settings(own), sources[own.name]]],
+            "files": [setting_files(p) for p in self.recipe.parts[: part + 1]],
         }
 
     def shard_key(self, shard: int) -> dict[str, Any]:
@@ -229,7 +238,7 @@ class RowPlan:
             "what": "shard",
             "suite": self.suite.key,
             "fits": fits,
-            "applied": [settings_of(p) for p in self.recipe.parts],
+            "applied": [identity_of(p) for p in self.recipe.parts],
             "images": images,
         }
         return {**key, "recorders": self._recorders} if self._recorders else key

@@ -165,7 +165,7 @@ def source_sha256(item: Any) -> str:
     return digest.hexdigest()
 
 
-_IMPORT = re.compile(rb"lethebench\.(methods|metrics|datasets)\.(\w+)")
+_IMPORT = re.compile(rb"lethebench\.(methods|metrics|datasets)(?:\.| import )(\w+)")
 
 
 @lru_cache(maxsize=256)

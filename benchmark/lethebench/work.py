@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lethebench.composition import recipes
 from lethebench.errors import RunError
-from lethebench.method import Artefact, Task, settings_of
+from lethebench.method import Artefact, Task, fitted_settings
 from lethebench.plan import RowPlan, Runtime, make_metric, prompt_set
 from lethebench.specs import MetricSpec, Suite
 from lethebench.store import Store
@@ -141,7 +141,7 @@ def fit_part(plan: RowPlan, part: int, store: Store) -> Path:
         seconds = time.perf_counter() - began
     measured = {"seconds": seconds, "peak_memory_bytes": memory[0]}
     return store.put(
-        "fit", key, lambda folder: write_artefact(artefact, folder, measured, settings_of(method))
+        "fit", key, lambda folder: write_artefact(artefact, folder, measured, fitted_settings(method))
     )
 
 

@@ -20,6 +20,7 @@ from lethebench.method import Artefact
 from lethebench.methods.ca import PARAMETERS
 from lethebench.prompts import Role
 from lethebench.sampler import decode, unpack_latents
+from lethebench.sampler.attention import cross_attention
 from lethebench.unlearning import (
     Target,
     draw_latents,
@@ -31,6 +32,7 @@ from lethebench.unlearning import (
     parameter_group,
     prediction,
     random_timesteps,
+    require_anchors,
     training_target,
     working_model,
 )
@@ -47,6 +49,7 @@ def fit(method: ConceptAblation, task: Task) -> Artefact:
     """The artefact: changes of the trained parameters, and facts."""
     recipe = method.recipe
     targets = find_targets(task, method.targets, method.count)
+    require_anchors(targets)
     model = working_model(task.model, torch.float32)
     names = parameter_group(model, PARAMETERS[recipe.parameters])
     moving = own_rows(model, names, targets) if recipe.parameters == "embedding" else {}
@@ -75,14 +78,13 @@ def fit(method: ConceptAblation, task: Task) -> Artefact:
             dtype=getattr(torch, method.dtype),
         )
         tensors, facts = edit.changes(), edit.facts()
-    ended = time.perf_counter()
+    ended, trained = time.perf_counter(), set(anchors.targets)
     facts |= {
-        "targets": len(targets),
-        "clusters": len({t.cluster for t in targets}),
+        "targets": len(trained),
+        "clusters": len({t.cluster for t in targets if t.text in trained}),
         "anchor_images": {
             "used": len(anchors.targets),
             "copies_dropped": dropped,
-            "targets": len(set(anchors.targets)),
         },
         "steps": recipe.steps,
         "learning_rate": recipe.lr,
@@ -114,8 +116,7 @@ def anchor_pairs(targets: Sequence[Target], images: int) -> list[tuple[Target, s
     """
     clusters: dict[str, list[Target]] = {}
     for target in targets:
-        if target.anchors:
-            clusters.setdefault(target.cluster, []).append(target)
+        clusters.setdefault(target.cluster, []).append(target)
     found = []
     for i in range(images):
         for group in clusters.values():
@@ -137,8 +138,6 @@ def anchor_images(
     """
     used = method.recipe.steps * method.accumulate * method.recipe.batch_size
     pairs = anchor_pairs(targets, method.images)[: max(1, used)]
-    if not pairs:
-        raise UserError("no target has an anchor prompt: CA has nothing to put in the targets' place")
     latents = draw_latents(model, [anchor for _, anchor in pairs], settings, task.generator("anchors"))
     kept = list(range(len(pairs)))
     if method.descriptor != "none":
@@ -270,14 +269,13 @@ def start_token_detached(model: Model) -> Iterator[None]:
     """No gradient through the keys and values of the first text token, while the context is open.
 
     It is the same in every prompt (``CustomDiffusionAttnProcessor`` of the released model_pipeline.py).
-    Joint-attention transformers have no ``attn2`` and are left alone.
+    Joint-attention transformers have no cross-attention and are left alone.
     """
 
     def detach(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         return torch.cat([output[:, :1].detach(), output[:, 1:]], dim=1)
 
-    names = (".attn2.to_k", ".attn2.to_v")
-    modules = [m for name, m in model.denoiser.named_modules() if name.endswith(names)]
+    modules = [m for a in cross_attention(model.denoiser).values() for m in (a.to_k, a.to_v)]
     handles = [m.register_forward_hook(detach) for m in modules]
     try:
         yield

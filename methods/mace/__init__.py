@@ -34,12 +34,12 @@ class MACE(Method):
        loss is the sum over layers of ``|A * mask|^2``, with A the attention to the target's tokens.
     3. Fusion: one weight that does on each target's prompts what its own LoRA does (closed form).
 
-    The target's tokens are those of the prompt that its anchor lacks (difflib over token ids): a concept's
-    name, what a paraphrase leaves out of a memorized caption. Ours, where the paper or its data could not be
-    used: neutral prompts are preserved in place of cached sums over COCO captions; masks come from a
-    foreground segmenter or there are none, in place of Grounded-SAM; the fusion's rows are each prompt's from
-    the first target token through the padding, whose embeddings hold the target; training pictures are drawn
-    from the targets' own prompts.
+    The target's tokens are those of the prompt that its (first) anchor lacks (difflib over token ids): a
+    concept's name, what a paraphrase leaves out of a memorized caption (ordinary words and commas, too).
+    Ours, where the paper or its data could not be used: neutral prompts are preserved in place of cached sums
+    over COCO captions; masks come from a foreground segmenter or there are none, in place of Grounded-SAM;
+    the fusion's rows are each prompt's from the first target token through the padding, whose embeddings
+    hold the target; training pictures are drawn from the targets' own prompts.
     """
 
     targets: str = setting("all", "what is erased: triggers (memorized prompts), concepts, or all")
@@ -60,15 +60,17 @@ class MACE(Method):
         "where the item is: segmenter-mini (64 x 64 pictures), birefnet or sam (paper: Grounded-SAM), or "
         "none for the whole picture (ours)",
     )
-    segmenter_weights: str = setting("", "the file of birefnet's or sam's weights")
+    segmenter_weights: str = setting("", "the file of birefnet's or sam's weights", place=True)
     preserve: int = setting(256, "neutral prompts that are preserved, at most (paper: captions of COCO)")
     preserve_scale: float = setting(
-        1e-4, "weight of each preserved token in both closed forms (released configuration: 1e-4 celebrities)"
+        1e-4,
+        "weight of each preserved token in both closed forms (released configuration: 1e-4 celebrities, for "
+        "sums over COCO); with lamb 0 and fewer tokens than the embedding is wide nothing holds the weights",
     )
     lamb: float = setting(
         0.0, "weight of staying near the old layer (released configuration: 0 celebrities, 1000 objects)"
     )
-    batch_size: int = setting(32, "LoRAs that are trained side by side, each as if it were alone (ours)")
+    batch_size: int = setting(4, "LoRAs that are trained side by side, each as if it were alone (ours)")
     scale: float = setting(1.0, "share of the edit that is put on the model (paper: 1)", applied=True)
 
     name = "mace"

@@ -64,6 +64,11 @@ def fit(method: MACE, task: Task) -> Artefact:
             loras, learnt = train_loras(method, task, subjects, settings)
             _assign(edit, fused(base, _weights(edit), subjects, loras, found, stay))
         changes, facts = edit.changes(), edit.facts()
+        moved = [
+            float((p.detach() - edit.before[n]).norm() / edit.before[n].norm())
+            for n, p in edit.parameters.items()
+        ]
+        facts["relative_change"] = sum(moved) / len(moved)
     timing = {
         "draw_seconds": round(drawn - began, 1),
         "train_seconds": round(time.perf_counter() - drawn, 1),

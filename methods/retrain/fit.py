@@ -71,7 +71,9 @@ def fit(method: Retrain, task: Task) -> Artefact:
             bar.advance(note=f"error {float(error.detach()):.4f}")
     tensors = {f"{EDIT}denoiser.{n}": p.detach() - before[n] for n, p in denoiser.named_parameters()}
     total = sum(p.numel() for p in denoiser.parameters())
+    moved = sum(int((change != 0).sum()) for change in tensors.values())
     facts: dict[str, Any] = {
+        "parameters_changed": moved / total,
         "retraining": {
             "curve": curve,
             "lessons": len(lessons),

@@ -38,11 +38,17 @@ class Rows:
 def fit(method: UCE, task: Task) -> Artefact:
     """The artefact: the changes of the edited layers, and facts.
 
-    ``left`` is what is left of the erased rows' distance to where they should go: a share, mean over layers.
+    ``left`` is what is left of the erased rows' distance to where they should go: a share, mean over
+    layers (0 where there was none).
     """
     targets = find_targets(task, method.targets, method.count)
     if method.guide == ANCHOR:
         require_anchors(targets)
+        nameless = [t.concept for t in targets if t.concept is not None and not t.anchor_concept]
+        if nameless:
+            raise UserError(
+                f"the prompt set has no anchor concept for '{nameless[0]}': give a text as `guide`"
+            )
     pairs = erased_texts(targets, method.guide, method.templates)
     kept = preserved_texts(method, task)
     found = encode_texts(task.model, [*(t for pair in pairs for t in pair), *kept], task.sampler)
@@ -58,12 +64,13 @@ def fit(method: UCE, task: Task) -> Artefact:
             rows, form = solved[pooled]
             base = parameter.detach().cpu().double()
             values = wanted(base, rows, method.technique)
-            edited = form.weight(base, values)
-            parameter.copy_(edited)
-            left.append(float((form.keys @ edited.T - values).norm() / (form.keys @ base.T - values).norm()))
+            parameter.copy_(form.weight(base, values))
+            edited, asked = parameter.detach().cpu().double(), (form.keys @ base.T - values).norm()
+            if asked > 0:
+                left.append(float((form.keys @ edited.T - values).norm() / asked))
         changes, facts = edit.changes(), edit.facts()
     facts |= {"targets": len(targets), "clusters": len({t.cluster for t in targets})}
-    facts |= {"erased_texts": len(pairs), "preserved_texts": len(kept), "left": sum(left) / len(left)}
+    facts |= {"erased_texts": len(pairs), "preserved_texts": len(kept), "left": sum(left) / max(1, len(left))}
     return Artefact(changes, facts)
 
 

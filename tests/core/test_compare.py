@@ -34,29 +34,29 @@ def runs(shared_suite: Path, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def metrics(shared_suite: Path):
-    return load_suite(str(shared_suite)).metrics
+def suite(shared_suite: Path):
+    return load_suite(str(shared_suite))
 
 
-def test_differences_are_those_of_the_images(runs: Path, metrics) -> None:
+def test_differences_are_those_of_the_images(runs: Path, suite) -> None:
     first, second = (runs / BOARD / "random-tokens" / s for s in ("strong", "weak"))
-    found = {c.score: c for c in compare_rows(first, second, (), metrics)}
+    found = {c.score: c for c in compare_rows(first, second, (), suite)}
     assert set(found) == {"brightness.mean", "brightness.neutral"}
     ours, theirs = (pd.read_parquet(f / "images.parquet")["brightness"] for f in (first, second))
     one = found["brightness.mean"]
     assert one.difference.value == pytest.approx(float(np.mean(ours - theirs)), abs=1e-12)
     assert one.first - one.second == pytest.approx(one.difference.value)
     assert one.difference.low <= one.difference.value <= one.difference.high
-    turned = {c.score: c for c in compare_rows(second, first, (), metrics)}["brightness.mean"]
+    turned = {c.score: c for c in compare_rows(second, first, (), suite)}["brightness.mean"]
     assert turned.difference.value == -one.difference.value and turned.difference.p == one.difference.p
 
 
-def test_a_row_against_base_is_the_rows_own_difference(runs: Path, metrics) -> None:
+def test_a_row_against_base_is_the_rows_own_difference(runs: Path, suite) -> None:
     folder = runs / BOARD / "random-tokens/strong"
     recorded = json.loads((folder / "row.json").read_text())["scores"]["brightness.neutral"][
         "base_difference"
     ]
-    (found,) = compare_rows(folder, runs / BOARD / "base/default", ["brightness.neutral"], metrics)
+    (found,) = compare_rows(folder, runs / BOARD / "base/default", ["brightness.neutral"], suite)
     assert found.difference.value == pytest.approx(recorded["value"])
     assert found.difference.p == pytest.approx(recorded["p"], abs=0.02)
 
@@ -105,7 +105,7 @@ def test_unknown_scores_and_other_boards(runs: Path, tmp_path: Path) -> None:
 
 
 def test_command(runs: Path, shared_suite: Path) -> None:
-    options = ["--suite", str(shared_suite), "--runs", str(runs), "--model", "tiny-sd"]
+    options = ["--suite", str(shared_suite), "--runs", str(runs)]  # the suite names its model by a folder
     shown = lethe("compare", "random-tokens/strong", "base", *options)
     assert shown.returncode == 0 and "brightness.mean" in shown.stdout and " to " in shown.stdout
     listed = lethe(

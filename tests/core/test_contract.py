@@ -60,6 +60,11 @@ BROKEN = {
         "def fit(self, task):\n    import time, torch\n    return Artefact({'t': torch.tensor(time.perf_counter_ns())})"
     ),
     "leaves_global_random_state": "def fit(self, task):\n    import torch\n    torch.rand(1)\n    return Artefact()",
+    "shared_fits_are_equal": (
+        "y: float = setting(0.0, 'how far', applied=True)\n"
+        "strengths = {'a': {'y': 0.1}, 'b': {'y': 0.2}, 'c': {'y': 0.3}}\n"
+        "def fit(self, task):\n    import torch\n    return Artefact({'t': torch.tensor(self.y)})"
+    ),
     "artefact_round_trips": "def fit(self, task):\n    return Artefact({}, {'shape': (1, 2)})",
     "base_is_restored": (
         "@contextmanager\ndef apply(self, model, artefact):\n"

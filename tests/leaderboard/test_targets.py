@@ -53,11 +53,11 @@ def test_values_are_relative_to_base(base):
     found = section(rows, ADHERENCE, {"uce": 1, "uniforget": 2})
     (panel,) = found.panels
     assert panel.doses == (1, 12) and [line.line.name for line in panel.lines] == [
-        "medium, concepts",
-        "strong",
+        "uce medium",
+        "uniforget strong",
     ]
     low, high = (start / 2 - 0.01) / start, (start / 2 + 0.01) / start
-    assert found.lines[0][:3] == (ADHERENCE, "uce", "medium, concepts")
+    assert found.lines[0][:3] == (ADHERENCE, "uce", "medium")
     assert found.lines[0][3] == ((1, f"1.00 [{1 - 0.01 / start:.2f}, {1 + 0.01 / start:.2f}]"),
                                  (12, f"0.50 [{low:.2f}, {high:.2f}]"))  # fmt: skip
     assert {n for n, _ in found.lines[1][3]} == {1, 12} and "0.90" in found.lines[1][3][0][1]
@@ -70,6 +70,7 @@ def test_values_are_relative_to_base(base):
         [("uce", "medium", 12, "concepts")],
         [("uce", "medium,count=1", 1, "concepts"), ("uce", "strong", 12, "concepts")],
         [("uce", "medium,count=1", 1, "concepts"), ("uce", "medium,targets=all", 12, "all")],
+        [("uce", "medium,count=1", 1, "concepts"), ("uce", "medium,count=12,lamb=2", 12, "concepts")],
     ],
 )
 def test_one_number_of_targets_is_no_axis(base, rows):
@@ -89,4 +90,4 @@ def test_the_page_has_the_section_only_where_there_is_one(tmp_path, base):
         (folder / row.setting / "row.json").write_text(row.to_json())
     assert len(load_rows(runs)) > 2
     page = build(runs, tmp_path / "swept").read_text()
-    assert page.count("Number of targets</h2>") == 1 and "medium, concepts" in page
+    assert page.count("Number of targets</h2>") == 1 and ">uce medium<" in page

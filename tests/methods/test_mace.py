@@ -333,7 +333,7 @@ def test_only_what_is_used_is_seen():
         ({"targets": "names"}, "targets is"),
         ({"rank": 0}, "rank must be at least 1, not 0"),
         ({"preserve": 0}, "preserve must be at least 1, not 0"),
-        ({"lr": "low"}, "lr must be a number, not 'low'"),
+        ({"lr": "low"}, "lr is a number, not 'low'"),
         ({"lamb": -1.0}, "lamb must not be negative"),
         ({"steps": -1}, "steps must not be negative"),
     ],

@@ -25,7 +25,6 @@ from lethebench.unlearning import (
     training_target,
 )
 from lethebench.unlearning.edits import parameter
-from lethebench.unlearning.targets import distinct_concepts
 from lethebench.zoo import wrap
 
 BUILDERS = {"sd": tiny_sd, "sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux}
@@ -83,7 +82,7 @@ def test_a_longer_list_of_targets_contains_the_shorter_for_every_method():
     assert sets[0] == sets[1] <= sets[2] == sets[3] <= sets[4] == sets[5]
     whole = [t for t in find_targets(task(), "concepts") if t.cluster in sets[4]]
     assert whole == find_targets(task(), "concepts", 9)
-    assert len(distinct_concepts(whole)) == 9
+    assert len({t.concept for t in whole}) == 9
 
 
 def test_targets_need_their_knowledge():
@@ -113,6 +112,7 @@ class Empty(Plain):
     [
         ("everything", 0, WORLD, ValueError, "targets is triggers, concepts, all, not 'everything'"),
         ("all", -1, WORLD, ValueError, "count must be a whole number, 0"),
+        ("concepts", 25, WORLD, UserError, "count is 25, but there are only 24"),
         ("all", "x", WORLD, ValueError, "count must be a whole number, 0"),
         ("triggers", 0, Empty(), UserError, "no triggers to unlearn"),
     ],
@@ -177,9 +177,10 @@ def test_groups(model):
     kv, attention = parameter_group(model, "cross-attn-kv"), parameter_group(model, "attn")
     assert set(kv) < set(attention) < set(full)
     assert all(n.split(".")[-2] in ("to_k", "to_v", "add_k_proj", "add_v_proj") for n in kv)
-    modules = dict(model.denoiser.named_modules())
-    parents = {modules[n.partition(".")[2].rpartition(".to_")[0] or n] for n in kv if ".attn2." in n}
-    assert all(p.is_cross_attention for p in parents)
+    blocks = {n.partition(".")[2].rpartition(".to_" if ".to_" in n else ".add_")[0] for n in kv}
+    assert len(kv) == 2 * len(blocks) and all(
+        model.denoiser.get_submodule(b).to_q is not None for b in blocks
+    )
     assert [parameter(model, n).shape[1] for n in parameter_group(model, "embedding")] == [
         e.config.hidden_size if hasattr(e.config, "hidden_size") else e.config.d_model
         for e in model.text_encoders

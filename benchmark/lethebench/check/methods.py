@@ -24,7 +24,16 @@ from lethebench.check._common import (
 from lethebench.composition import Recipe, recipes
 from lethebench.errors import KnowledgeError
 from lethebench.hooks import ImageKey
-from lethebench.method import Artefact, Family, Knowledge, Method, Task, configure, settings_of
+from lethebench.method import (
+    Artefact,
+    Family,
+    Knowledge,
+    Method,
+    Task,
+    configure,
+    fitted_settings,
+    settings_of,
+)
 from lethebench.prompts import PromptSet, Role
 from lethebench.registry import METHODS
 from lethebench.specs import SamplerSettings
@@ -55,10 +64,11 @@ class Subject:
         """The same as a recipe."""
         return recipes(self.spec, next(iter(self.cls.strengths)), dict(self.cls.quick))[0]
 
-    def fit(self) -> Artefact:
-        """Fit once more."""
-        task = Task(self.model, self.sampler, self.prompts, self.method.sees, seed_parts=(SUITE,))
-        return self.method.fit(task)
+    def fit(self, method: Method | None = None) -> Artefact:
+        """Fit once more; another setting of the method where one is given."""
+        method = method or self.method
+        task = Task(self.model, self.sampler, self.prompts, method.sees, seed_parts=(SUITE,))
+        return method.fit(task)
 
     @cached_property
     def artefact(self) -> Artefact:
@@ -157,6 +167,25 @@ def check_fit_is_deterministic(subject: Subject) -> None:
     assert first.tensors.keys() == second.tensors.keys(), "two fits give different tensors"
     for name, tensor in first.tensors.items():
         assert torch.equal(tensor, second.tensors[name]), f"two fits differ in tensor '{name}'"
+
+
+def check_shared_fits_are_equal(subject: Subject) -> None:
+    """Strengths that differ in settings declared ``applied`` alone have the same fit."""
+    import torch
+
+    seen: dict[str, Artefact] = {}
+    for strength in subject.cls.strengths:
+        method = configure(subject.cls, strength, subject.cls.quick)
+        key = repr(sorted(fitted_settings(method).items()))
+        if key not in seen and strength == next(iter(subject.cls.strengths)):
+            seen[key] = subject.artefact
+        elif key in seen:
+            again = subject.fit(method)
+            for name, tensor in seen[key].tensors.items():
+                assert torch.equal(tensor, again.tensors[name]), (
+                    f"strength '{strength}' shares its fit with another (they differ in settings declared "
+                    f"`applied` alone), but the fits differ in '{name}': fit must not read such settings"
+                )
 
 
 def check_artefact_round_trips(subject: Subject) -> None:

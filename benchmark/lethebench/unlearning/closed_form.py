@@ -35,11 +35,8 @@ class ClosedForm:
         self.keys = keys
         scaled = keys.T * scales
         system = kept + scaled @ keys
-        factor, failed = torch.linalg.cholesky_ex(system)
-        if bool(failed):
-            self._spread = torch.linalg.pinv(system, hermitian=True) @ scaled
-        else:
-            self._spread = torch.cholesky_solve(scaled, factor)
+        # A factorisation would pass on many a singular system, by rounding.
+        self._spread = torch.linalg.pinv(system, hermitian=True) @ scaled
 
     def weight(self, base: Tensor, values: Tensor) -> Tensor:
         """The edited weight ``[out, d]`` of ``base`` ``[out, d]``, for wanted outputs ``[n, out]``."""

@@ -64,6 +64,8 @@ def find_targets(task: Task, which: str = "all", count: int = 0) -> list[Target]
     if not count:
         return found
     clusters = list(dict.fromkeys(t.cluster for t in found))
+    if count > len(clusters):
+        raise UserError(f"count is {count}, but there are only {len(clusters)} items and concepts to unlearn")
     order = torch.randperm(len(clusters), generator=task.shared_generator("targets", which)).tolist()
     kept = {clusters[i] for i in order[:count]}
     return [t for t in found if t.cluster in kept]
@@ -77,11 +79,6 @@ def require_anchors(targets: Sequence[Target]) -> None:
             f"the prompt set has no paraphrase of '{without[0].text}' ({len(without)} of {len(targets)} "
             "prompts), which this setting puts in its place"
         )
-
-
-def distinct_concepts(targets: Sequence[Target]) -> dict[str, str]:
-    """The concepts' names with what to put in their place."""
-    return {t.concept: t.anchor_concept for t in targets if t.concept is not None}
 
 
 def _target(task: Task, prompt: Prompt) -> Target:
