@@ -65,7 +65,6 @@ class NeMoC(NeMo):
     )
     strengths: ClassVar = {
         "weak": {"scale": 0.5},
-        "near": {"radius": 1.0},
         "gated": {},
         "union": {"mode": "union"},
     }
