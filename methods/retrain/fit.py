@@ -79,7 +79,7 @@ def fit(method: Retrain, task: Task) -> Artefact:
             "lessons": len(lessons),
             "kept_removed": sum(int(entries.sum()) for entries in removed.values()) / total,
             "timing": {"seconds": round(time.perf_counter() - began, 1)},
-        }
+        },
     }
     return Artefact(tensors, facts)
 
