@@ -78,6 +78,7 @@ class RandomTokens(Method):
         "Diffusion Models. NeurIPS 2023. arXiv:2305.20086"
     )
     control = True
+    off: ClassVar = {"tokens": 0}
 
     @contextmanager
     def apply(self, model: Model, artefact: Artefact) -> Iterator[SamplerHooks]:

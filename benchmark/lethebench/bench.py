@@ -402,7 +402,6 @@ def _cost(plan: RowPlan, base: RowPlan, store: Store) -> tuple[str, Cost]:
     from lethebench.work import read_artefact
 
     fits, shards = _measured(plan, "fit", store), _measured(plan, "shard", store)
-    own, of_base = _per_image(shards), _per_image(_measured(base, "shard", store))
     peaks = [m["peak_memory_bytes"] for m in (*fits, *shards) if m["peak_memory_bytes"] is not None]
     facts: dict[str, Any] = {}
     changed: list[float] = []
@@ -415,8 +414,8 @@ def _cost(plan: RowPlan, base: RowPlan, store: Store) -> tuple[str, Cost]:
     cost = Cost(
         fit_seconds=sum(m["seconds"] for m in fits),
         fit_peak_memory_bytes=max(fit_peaks, default=None),
-        seconds_per_image=own,
-        relative_to_base=own / of_base if of_base else None,
+        seconds_per_image=_per_image(shards),
+        relative_to_base=shards[0].get("relative_to_base") if plan != base else 1.0,
         peak_memory_bytes=max(peaks, default=None),
         parameters_changed=min(1.0, sum(changed)) if changed else None,
         targets=facts.get("targets"),

@@ -1,9 +1,11 @@
 """The sampler's extension points: where a method that acts while sampling is written against.
 
-A method returns a subclass of :class:`SamplerHooks` from ``apply`` and overrides what it needs.
-Hooks of composed methods are called in the order of composition. All tensors are on the model's
-device; ``B`` is the number of images in the batch. Everything here is per batch: an image's result
-must not depend on which other images share the batch.
+A method returns a subclass of :class:`SamplerHooks` from ``apply`` and overrides what it needs. The sampler
+calls ``texts``, ``conditioning``, ``initial_noise``, ``start``, then at each step ``guidance`` and
+``step_end``, then ``finish`` and ``images``; hooks of composed methods in the order of composition. All
+tensors are on the model's device; ``B`` is the number of images in the batch. Everything here is per batch:
+an image's result must not depend on which other images share the batch. What a hook remembers from step to
+step it begins anew in ``start``.
 """
 
 from __future__ import annotations
@@ -50,6 +52,44 @@ class Conditioning:
         return replace(self, embeds=embeds)
 
 
+class Prediction(NamedTuple):
+    """Guided, unconditional (None without guidance) and conditional prediction, float32 ``[B, ...]``."""
+
+    combined: Tensor
+    unconditional: Tensor | None
+    conditional: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The batch that is being drawn, as hooks and recorders see it.
+
+    ``texts`` are the prompts as they were encoded, with a method's changes. ``noise`` are the initial
+    latents (unit normal, ``[B, ...]`` as the denoiser takes them);
+    ``timesteps`` the scheduler's, ``[steps]``. ``predict(latents, timestep, conditioning)`` asks the
+    denoiser, with the method under test in place; its latents must be scaled as the scheduler asks, which
+    ``scale(latents, timestep)`` does. The first step's latents are ``init_noise_sigma * noise``.
+    ``levels(timestep)`` is (a, s) of x_t = a x_0 + s e at a time of the schedule, and
+    ``clean(latents, timestep, prediction)`` is the clean image (as latents) that a prediction at ``latents``
+    (as the scheduler holds them, not scaled) stands for: of Tweedie's formula for a noise prediction, at any
+    timestep of the schedule. ``predict`` and ``clean`` are differentiable; the sampler runs under
+    ``torch.no_grad``, so a hook opens ``torch.enable_grad`` where it wants gradients.
+    """
+
+    model: Model
+    settings: SamplerSettings
+    keys: tuple[ImageKey, ...]
+    texts: tuple[str, ...]
+    conditioning: Conditioning
+    noise: Tensor
+    timesteps: Tensor
+    predict: Callable[[Tensor, Tensor, Conditioning], Prediction]
+    scale: Callable[[Tensor, Tensor], Tensor]
+    levels: Callable[[Tensor], tuple[float, float]]
+    clean: Callable[[Tensor, Tensor, Tensor], Tensor]
+    init_noise_sigma: float
+
+
 @dataclass(frozen=True)
 class Step:
     """One denoising step as the hooks see it.
@@ -64,6 +104,7 @@ class Step:
     keys: tuple[ImageKey, ...]
     conditioning: Conditioning
     guidance_scale: float
+    batch: Batch
 
 
 class SamplerHooks:
@@ -81,6 +122,14 @@ class SamplerHooks:
         """Change the initial latents (unit normal, before the scheduler's scaling)."""
         return latents
 
+    def start(self, batch: Batch) -> Batch:
+        """Change noise and conditioning together, when both are known.
+
+        Here a hook may ask the denoiser (``batch.predict``) before the first step. It returns
+        ``dataclasses.replace(batch, noise=..., conditioning=...)``; only these two count.
+        """
+        return batch
+
     def guidance(
         self, combined: Tensor, unconditional: Tensor | None, conditional: Tensor, step: Step
     ) -> Tensor:
@@ -91,40 +140,13 @@ class SamplerHooks:
         """Change the latents after the scheduler's step."""
         return latents
 
+    def finish(self, latents: Tensor, batch: Batch) -> Tensor:
+        """Change the final latents, ``[B, ...]`` as the denoiser takes them, before they are decoded."""
+        return latents
+
     def images(self, images: Tensor, keys: tuple[ImageKey, ...]) -> Tensor:
         """Change the decoded images, uint8 ``[B, height, width, 3]``."""
         return images
-
-
-class Prediction(NamedTuple):
-    """Guided, unconditional (None without guidance) and conditional prediction, float32 ``[B, ...]``."""
-
-    combined: Tensor
-    unconditional: Tensor | None
-    conditional: Tensor
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The batch that is being drawn, as a recorder sees it.
-
-    ``texts`` are the prompts as they were encoded, with a method's changes. ``noise`` are the initial
-    latents (unit normal, ``[B, ...]`` as the denoiser takes them);
-    ``timesteps`` the scheduler's, ``[steps]``. ``predict(latents, timestep, conditioning)`` asks the
-    denoiser, with the method under test in place; its latents must be scaled as the scheduler asks, which
-    ``scale(latents, timestep)`` does. The first step's latents are ``init_noise_sigma * noise``.
-    """
-
-    model: Model
-    settings: SamplerSettings
-    keys: tuple[ImageKey, ...]
-    texts: tuple[str, ...]
-    conditioning: Conditioning
-    noise: Tensor
-    timesteps: Tensor
-    predict: Callable[[Tensor, Tensor, Conditioning], Prediction]
-    scale: Callable[[Tensor, Tensor], Tensor]
-    init_noise_sigma: float
 
 
 class Recorder:

@@ -182,6 +182,9 @@ class Method(ABC):
     """A baseline that every table pins (base, blank, ...)."""
     quick: ClassVar[Mapping[str, Any]] = {}
     """Overrides that make a fit take seconds, for ``lethe check``."""
+    off: ClassVar[Mapping[str, Any] | None] = None
+    """Overrides at which the method does nothing ("strength zero"): ``lethe check`` sees that it then draws
+    what base draws, bit for bit. A sampling-time method with settings must have them."""
     follows: ClassVar[bool] = False
     """Means something only after other methods in a composition (``retrain``)."""
     generates: ClassVar[bool] = True

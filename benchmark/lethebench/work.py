@@ -25,7 +25,7 @@ from lethebench.store import Store
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lethebench.hooks import ImageKey
+    from lethebench.hooks import ImageKey, SamplerHooks
     from lethebench.metric import Shard
     from lethebench.zoo import Model
 
@@ -187,6 +187,8 @@ def generate_shard(plan: RowPlan, shard: int, store: Store) -> Path:
         tensors = _draw(plan, model, keys, artefacts)
         seconds = time.perf_counter() - began
     measured = {"seconds": seconds, "peak_memory_bytes": memory[0], "images": len(keys)}
+    if shard == 0 and plan.recipe.generates:
+        measured["relative_to_base"] = _relative_to_base(plan, model, keys[:_TIMED], artefacts)
 
     def write(folder: Path) -> None:
         from safetensors.numpy import save_file
@@ -233,6 +235,32 @@ def _draw(
         "noise_norm": np.ascontiguousarray(norms, dtype=np.float32),
         **{f"recorded.{name}": np.ascontiguousarray(values) for name, values in recorded.items()},
     }
+
+
+_TIMED = 8
+"""Images that are drawn by turns with and without the method, to time it."""
+
+
+def _relative_to_base(
+    plan: RowPlan, model: Model, keys: Sequence[ImageKey], artefacts: Sequence[Artefact]
+) -> float:
+    """Time of drawing ``keys`` with the method, relative to drawing them without, by turns in one process.
+
+    The faster of two draws each, so that what else the machine does falls out. Recorders are left out.
+    """
+    from lethebench.sampler import sample
+
+    def seconds(hooks: Sequence[SamplerHooks]) -> float:
+        began = time.perf_counter()
+        sample(model, keys, plan.suite.sampler, hooks, batch_size=plan.suite.batch_size)
+        return time.perf_counter() - began
+
+    own, of_base = [], []
+    for _ in range(2):
+        of_base.append(seconds(()))
+        with plan.recipe.apply(model, artefacts) as hooks:
+            own.append(seconds(hooks))
+    return min(own) / min(of_base)
 
 
 def read_shard(folder: Path, keys: Sequence[ImageKey], suite: Suite) -> Shard:

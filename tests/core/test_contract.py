@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors.numpy import load_file
 from lethebench.bench import plan_rows, run
 from lethebench.check import Subject, applicable, checks
 from lethebench.errors import UserError
-from lethebench.method import identity_of, recorded_settings
+from lethebench.method import Family, identity_of, recorded_settings
 from lethebench.metric import detectors
 from lethebench.plan import RowPlan, Runtime, make_metric, prompt_set
 from lethebench.registry import METHODS, METRICS
@@ -31,16 +32,20 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def subjects():
-    """A subject for each method, made once: the checks share its fit."""
-    from tiny_pipelines import tiny_sd
+    """A subject for each method, made once: the checks share its fit. On the first family it supports."""
+    from tiny_pipelines import tiny_flux, tiny_sd, tiny_sd3, tiny_sdxl
 
     from lethebench.zoo import wrap
 
-    model, made = wrap(tiny_sd()), {}
+    builders = {"sd": tiny_sd, "sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux}
+    models, made = {}, {}
 
     def subject(spec: str) -> Subject:
         if spec not in made:
-            made[spec] = Subject(spec, model, prompt_set("planted"))
+            family = next(f for f in builders if f in METHODS.get(spec).model_families)
+            if family not in models:
+                models[family] = wrap(builders[family]())
+            made[spec] = Subject(spec, models[family], prompt_set("planted"))
         return made[spec]
 
     return subject
@@ -50,6 +55,9 @@ def subjects():
 @pytest.mark.parametrize("method", [name for name, _ in METHODS.items()])
 def test_a_method_keeps_the_contract(subjects, method: str, check: str) -> None:
     subject = subjects(method)
+    if check == "off_is_base" and METHODS.get(method).off is None:
+        assert METHODS.get(method).family is Family.WEIGHTS or not fields(METHODS.get(method))
+        return
     assert applicable(subject, check) is None
     checks()[check](subject)
 
@@ -77,6 +85,22 @@ BROKEN = {
     "fit_restores_the_model": (
         "def fit(self, task):\n    task.model.denoiser.conv_in.register_forward_hook(lambda *a: None)\n"
         "    return Artefact()"
+    ),
+    "images_dont_share": (
+        "@contextmanager\ndef apply(self, model, artefact):\n"
+        "    class Hooks(SamplerHooks):\n"
+        "        def initial_noise(self, latents, keys):\n            return latents + latents.mean(dim=0)\n"
+        "    yield Hooks()"
+    ),
+    "off_is_base": (
+        "off = {'x': 0}\n@contextmanager\ndef apply(self, model, artefact):\n"
+        "    class Hooks(SamplerHooks):\n"
+        "        def initial_noise(self, latents, keys):\n            return latents + 1e-6\n"
+        "    yield Hooks()"
+    ),
+    "base_draws_as_before": (
+        "@contextmanager\ndef apply(self, model, artefact):\n"
+        "    model.pipe.scheduler.register_to_config(beta_end=0.02)\n    yield SamplerHooks()"
     ),
     "settings_have_help": "y: int = 1",
     "three_strengths": "strengths = {'only': {'x': 1}}",

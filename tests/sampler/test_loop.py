@@ -1,15 +1,30 @@
 """Noise, batches, randomness, hooks, and what the loop refuses."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from diffusers import EulerAncestralDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+)
 from tiny_pipelines import tiny_flux, tiny_sd, tiny_sd3
 
 from lethebench.errors import UserError
 from lethebench.hooks import ImageKey, SamplerHooks
 from lethebench.prompts import Prompt, Role
-from lethebench.sampler import decode, encode_prompts, image_size, initial_latents, sample
+from lethebench.sampler import (
+    decode,
+    encode_prompts,
+    image_size,
+    initial_latents,
+    sample,
+    unconditional,
+    unpack_latents,
+)
 from lethebench.specs import SamplerSettings
 from lethebench.zoo import wrap
 
@@ -297,3 +312,123 @@ def test_settings_that_do_not_fit(build, changes, message):
 def test_nothing_to_draw(model):
     with pytest.raises(ValueError, match="0 keys"):
         sample(model, [], SETTINGS)
+
+
+# --- what methods that act while sampling are written against ---
+
+
+class Starting(SamplerHooks):
+    """Replaces the noise, and remembers what it saw."""
+
+    def __init__(self, noise):
+        self.noise, self.seen = noise, []
+
+    def start(self, batch):
+        self.seen.append(batch)
+        return replace(batch, noise=self.noise, texts=("ignored",) * len(batch.keys))
+
+    def guidance(self, combined, unconditional, conditional, step):
+        self.seen.append(step.batch)
+        return combined
+
+
+def test_start_changes_the_noise_that_is_drawn_from(model):
+    other = initial_latents(model, KEYS[3:5], SETTINGS)
+    hook = Starting(other)
+    found = sample(model, KEYS[:2], SETTINGS, [hook])
+    assert all(torch.equal(b.noise, other) for b in hook.seen[1:])
+    assert hook.seen[1].texts == ("a red star", "a red star")
+    given = sample(model, KEYS[:2], SETTINGS, [InitialNoise(other)])
+    assert np.array_equal(found.latents, given.latents)
+
+
+class InitialNoise(SamplerHooks):
+    def __init__(self, noise):
+        self.noise = noise
+
+    def initial_noise(self, latents, keys):
+        return self.noise
+
+
+class Emptied(SamplerHooks):
+    """Asks for the empty prompt in place of each."""
+
+    def start(self, batch):
+        empty = unconditional(batch)
+        return replace(batch, conditioning=replace(empty, negative=batch.conditioning.negative))
+
+
+@pytest.mark.parametrize("build", [tiny_sd, tiny_flux])
+def test_start_changes_the_conditioning(build):
+    model = wrap(build())
+    nothing = [ImageKey(k.suite, replace(k.prompt, text=""), k.index) for k in KEYS[:3]]
+    expected = sample(model, nothing, SETTINGS)
+    found = sample(model, KEYS[:3], SETTINGS, [Emptied()])
+    assert np.allclose(found.latents, expected.latents, atol=1e-5)
+
+
+class Finishing(SamplerHooks):
+    def finish(self, latents, batch):
+        return latents * 0 + batch.noise
+
+
+def test_finish_changes_what_is_decoded():
+    model = wrap(tiny_flux())
+    found = sample(model, KEYS[:2], SETTINGS, [Finishing()])
+    noise = unpack_latents(model, initial_latents(model, KEYS[:2], SETTINGS), SETTINGS)
+    assert np.array_equal(found.latents, noise.numpy())
+
+
+class Cleaning(SamplerHooks):
+    """Keeps the clean latents of each step and the scheduler's own, from the next latents."""
+
+    def __init__(self):
+        self.clean, self.levels, self.latents, self.predicted = [], [], [], []
+
+    def guidance(self, combined, unconditional, conditional, step):
+        self.clean.append(step.batch.clean(step.latents, step.timestep, combined))
+        self.levels.append(step.batch.levels(step.timestep))
+        self.latents.append(step.latents)
+        self.predicted.append(combined)
+        return combined
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("cls", [DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler])
+def test_clean_latents_are_the_schedulers_own(cls, kind):
+    model = wrap(tiny_sd(cls, prediction_type=kind))
+    hook = Cleaning()
+    sample(model, KEYS[:2], SETTINGS.model_copy(update={"scheduler": "model"}), [hook])
+    for index, (clean, latents, predicted) in enumerate(
+        zip(hook.clean, hook.latents, hook.predicted, strict=True)
+    ):
+        scheduler = cls.from_config(model.pipe.scheduler.config)
+        scheduler.set_timesteps(SETTINGS.num_inference_steps)
+        time = scheduler.timesteps[index]
+        if cls is DPMSolverMultistepScheduler:
+            scheduler._init_step_index(time)
+            own = scheduler.convert_model_output(predicted, sample=latents)
+        else:
+            scheduler.scale_model_input(latents, time)
+            own = scheduler.step(predicted, time, latents).pred_original_sample
+        assert torch.allclose(clean, own, rtol=1e-4, atol=1e-3 * float(own.abs().max()))
+
+
+@pytest.mark.parametrize("build", [tiny_sd3, tiny_flux])
+def test_clean_latents_of_a_flow(build):
+    """Of the true velocity e - x_0 at (1 - s) x_0 + s e the clean latents are x_0."""
+    model = wrap(build())
+    hook = Cleaning()
+    sample(model, KEYS[:1], SETTINGS, [hook])
+
+    class Again(SamplerHooks):
+        def guidance(self, combined, unconditional, conditional, step):
+            clean, noise = torch.zeros_like(combined) + 0.5, torch.ones_like(combined)
+            signal, share = step.batch.levels(step.timestep)
+            assert signal + share == pytest.approx(1)
+            at = signal * clean + share * noise
+            assert torch.allclose(step.batch.clean(at, step.timestep, noise - clean), clean, atol=1e-6)
+            return combined
+
+    sample(model, KEYS[:1], SETTINGS, [Again()])
+    assert [s for _, s in hook.levels] == sorted((s for _, s in hook.levels), reverse=True)

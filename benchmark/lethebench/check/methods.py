@@ -81,12 +81,20 @@ class Subject:
         by_role = {p.role: p for p in reversed(list(self.prompts)) if p.role in (Role.NEUTRAL, Role.TRIGGER)}
         return [ImageKey(SUITE, p, k) for p in by_role.values() for k in range(2)]
 
-    def draw(self) -> Any:
-        """The images of :attr:`keys` under the method."""
+    def draw(
+        self, method: Method | None = None, artefact: Artefact | None = None, batch_size: int = 4
+    ) -> Any:
+        """The images of :attr:`keys` under the method; another setting of it, with its fit, where given."""
         from lethebench.sampler import sample
 
-        with self.method.apply(self.model, self.artefact) as hooks:
-            return sample(self.model, self.keys, self.sampler, [hooks], batch_size=4)
+        with (method or self.method).apply(self.model, artefact or self.artefact) as hooks:
+            return sample(self.model, self.keys, self.sampler, [hooks], batch_size=batch_size)
+
+    def draw_base(self) -> Any:
+        """The images of :attr:`keys` without the method."""
+        from lethebench.sampler import sample
+
+        return sample(self.model, self.keys, self.sampler, batch_size=4)
 
     def supported(self) -> bool:
         """Whether the method supports the model's family."""
@@ -227,6 +235,35 @@ def check_same_seed_same_images(subject: Subject) -> None:
     assert (first.latents == second.latents).all(), "the same keys give different latents"
 
 
+def check_images_dont_share(subject: Subject) -> None:
+    """An image is the same, but for rounding, whichever others share its batch."""
+    import numpy as np
+
+    together, alone = subject.draw(), subject.draw(batch_size=1)
+    apart = np.abs(together.latents - alone.latents).max(axis=(1, 2, 3), initial=0.0)
+    scale = np.abs(alone.latents).max(initial=1.0)
+    assert (apart <= 1e-3 * scale).all(), (
+        f"latents differ by {apart.max():.3g} (of {scale:.3g}) when an image is drawn alone: "
+        "something is shared by the images of a batch"
+    )
+
+
+def check_off_is_base(subject: Subject) -> None:
+    """At the settings ``off`` the method draws what base draws, bit for bit."""
+    assert subject.cls.off is not None, "declare `off`: the settings at which the method does nothing"
+    off = configure(subject.cls, next(iter(subject.cls.strengths)), {**subject.cls.quick, **subject.cls.off})
+    drawn, base = subject.draw(off, subject.fit(off)), subject.draw_base()
+    assert (drawn.latents == base.latents).all(), f"the latents differ from base's at {dict(subject.cls.off)}"
+    assert (drawn.images == base.images).all(), f"the images differ from base's at {dict(subject.cls.off)}"
+
+
+def check_base_draws_as_before(subject: Subject) -> None:
+    """Base draws the same before and after the method was in place: nothing global was changed."""
+    before = subject.draw_base()
+    subject.draw()
+    assert (subject.draw_base().latents == before.latents).all(), "base draws otherwise after the method"
+
+
 def check_leaves_global_random_state(subject: Subject) -> None:
     """Fitting and applying use no global random state."""
     before = random_states()
@@ -274,4 +311,8 @@ def applicable(subject: Subject, name: str) -> str | None:
         return f"the method doesn't support models of family {subject.model.family}"
     if subject.cls.family is Family.TRAINING:
         return "a training-time method is fitted by the train suite"
+    if name == "off_is_base" and subject.cls.off is None:
+        has_settings = dataclasses.is_dataclass(subject.cls) and bool(dataclasses.fields(subject.cls))
+        if subject.cls.family is not Family.SAMPLING or not has_settings:
+            return "the method declares no settings at which it does nothing"
     return None

@@ -2,6 +2,7 @@
 
 - :func:`sample` draws images and calls the hooks of ``lethebench.hooks``;
 - :class:`Chain` gives the same chain as pure, differentiable steps, for methods that learn through it;
+- :func:`unconditional` is the empty prompt for a hook that needs it where the model samples without;
 - :func:`initial_latents` and :func:`encode_prompts` are the two inputs of either.
 
 Under classifier-free guidance the denoiser sees one batch of 2B, the unconditional half first: what a
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 from lethebench.sampler._chain import Chain
 from lethebench.sampler._families import encode_prompts, image_size, pack_latents, unpack_latents
-from lethebench.sampler._loop import Samples, decode, initial_latents, sample
+from lethebench.sampler._loop import Samples, decode, initial_latents, sample, unconditional
 
 __all__ = [
     "Chain",
@@ -26,5 +27,6 @@ __all__ = [
     "initial_latents",
     "pack_latents",
     "sample",
+    "unconditional",
     "unpack_latents",
 ]

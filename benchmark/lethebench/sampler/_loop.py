@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lethebench.hooks import Batch, Conditioning, ImageKey, Prediction, Recorder, SamplerHooks, Step
 from lethebench.sampler._families import Adapter, adapter_for, join
-from lethebench.sampler._schedulers import prepared_scheduler, step_arguments
+from lethebench.sampler._schedulers import clean_latents, noise_levels, prepared_scheduler, step_arguments
 from lethebench.seeding import generator
 
 if TYPE_CHECKING:
@@ -85,6 +85,13 @@ def initial_latents(model: Model, keys: Sequence[ImageKey], settings: SamplerSet
     are drawn from its key alone: batch, order, device, type, method and setting don't matter.
     """
     return _noise(adapter_for(model, settings), keys)
+
+
+def unconditional(batch: Batch) -> Conditioning:
+    """The empty prompt's conditioning for a batch, whether or not the model samples with guidance."""
+    if batch.conditioning.negative is not None:
+        return batch.conditioning.negative
+    return adapter_for(batch.model, batch.settings).encode([""] * len(batch.keys))
 
 
 def decode(model: Model, latents: Tensor) -> Tensor:
@@ -190,16 +197,29 @@ def _denoise(
         timesteps,
         partial(guided_prediction, adapter),
         lambda noise, time: _scaled(prepared_scheduler(adapter), noise, time),
+        partial(noise_levels, prepared_scheduler(adapter)),
+        partial(clean_latents, prepared_scheduler(adapter)),
         float(getattr(scheduler, "init_noise_sigma", 1.0)),
     )
-    latents = noise * batch.init_noise_sigma
+    for hook in hooks:
+        changed = hook.start(batch)
+        batch = replace(batch, noise=changed.noise, conditioning=changed.conditioning)
+    conditioning = batch.conditioning
+    latents = batch.noise * batch.init_noise_sigma
     with ExitStack() as watching:
         for recorder in recorders:
             watching.enter_context(recorder.watch(batch))
         for index, time in enumerate(scheduler.timesteps):
             scaled = _scaled(scheduler, latents, time)
             step = Step(
-                index, total, timesteps[index], latents, keys, conditioning, adapter.settings.guidance_scale
+                index,
+                total,
+                timesteps[index],
+                latents,
+                keys,
+                conditioning,
+                adapter.settings.guidance_scale,
+                batch,
             )
             predicted = guided_prediction(adapter, scaled, timesteps[index], conditioning)
             combined, unconditional, conditional = predicted
@@ -212,6 +232,8 @@ def _denoise(
             latents = scheduler.step(combined, time, latents, **arguments, return_dict=False)[0]
             for hook in hooks:
                 latents = hook.step_end(latents, step)
+    for hook in hooks:
+        latents = hook.finish(latents, batch)
     seen: dict[str, Tensor] = {}
     for recorder in recorders:
         taken = recorder.take(batch)

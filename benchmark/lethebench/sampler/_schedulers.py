@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from lethebench.errors import UserError
 from lethebench.hooks import ImageKey
@@ -55,6 +59,55 @@ def _make(adapter: Adapter) -> Any:
     # DDIM clips the predicted image to [-1, 1] unless told otherwise, which would spoil latents.
     defaults = {"clip_sample": False} if name == "ddim" and "clip_sample" not in own.config else {}
     return getattr(diffusers, CLASSES[name]).from_config(own.config, **defaults)
+
+
+def noise_levels(scheduler: Any, timestep: Tensor) -> tuple[float, float]:
+    """(a, s) of x_t = a x_0 + s e at a time of the schedule: the shares of image and noise.
+
+    a^2 + s^2 = 1 for models that predict noise or velocity, a + s = 1 in flow matching. Euler's latents are
+    x_t / a.
+    """
+    if _is_flow(scheduler) or _is_scaled(scheduler):
+        index = int((scheduler.timesteps.to(torch.float64) - float(timestep)).abs().argmin())
+        sigma = float(scheduler.sigmas[index])
+        if _is_flow(scheduler):
+            return 1 - sigma, sigma
+        signal = 1 / math.sqrt(sigma**2 + 1)
+        return signal, sigma * signal
+    product = float(scheduler.alphas_cumprod[int(float(timestep))])
+    return math.sqrt(product), math.sqrt(1 - product)
+
+
+def clean_latents(scheduler: Any, latents: Tensor, timestep: Tensor, prediction: Tensor) -> Tensor:
+    """The clean latents that ``prediction`` at ``latents`` (not scaled) stands for.
+
+    (x_t - s e) / a of a noise prediction, a x_t - s v of a velocity (Salimans and Ho 2022), x_t - s v in flow
+    matching, with (a, s) of :func:`noise_levels`. Raises UserError for other kinds of prediction.
+    """
+    signal, noise = noise_levels(scheduler, timestep)
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    if _is_flow(scheduler):
+        return latents - noise * prediction
+    if _is_scaled(scheduler):
+        latents = latents * signal
+    if kind == "epsilon":
+        return (latents - noise * prediction) / signal
+    if kind == "v_prediction":
+        return signal * latents - noise * prediction
+    if kind == "sample":
+        return prediction
+    raise UserError(
+        f"{type(scheduler).__name__} predicts '{kind}': Lethe knows epsilon, v_prediction and sample"
+    )
+
+
+def _is_flow(scheduler: Any) -> bool:
+    return "FlowMatch" in type(scheduler).__name__
+
+
+def _is_scaled(scheduler: Any) -> bool:
+    """Whether the scheduler holds x_t / a (Euler and its kin)."""
+    return hasattr(scheduler, "sigmas") and float(scheduler.init_noise_sigma) != 1.0
 
 
 def require_one_step(scheduler: Any) -> None:

@@ -14,6 +14,7 @@ class ShrinkEmbedding(Method):
     family = Family.SAMPLING
     citation = "an example plugin"
     strengths = {"weak": {"share": 0.1}, "medium": {"share": 0.3}, "strong": {"share": 0.6}}
+    off = {"share": 0.0}
 
     share: float = setting(0.3, "how far to move, 0 (not at all) to 1 (the prompt is ignored)")
 

@@ -1,0 +1,98 @@
+"""What an attack on a row found, as every reader of Lethe validates it.
+
+Records lie beside the row as ``attacks/<attack>.json``, one an attack; whoever found more adds another.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from lethebench.errors import UserError
+from lethebench.row import Difference, Provenance, SuiteKey
+from lethebench.specs import Spec, first_error
+
+SCHEMA = "lethe/attack/1"
+
+
+class Share(Spec):
+    """The share of ``n`` attacked items of which a copy came out, with its 95 % interval."""
+
+    value: float = Field(ge=0, le=1)
+    low: float = Field(ge=0, le=1)
+    high: float = Field(ge=0, le=1)
+    n: int = Field(ge=1)
+
+
+class AttackRecord(Spec):
+    """One attack on one row.
+
+    ``memorized`` is the share of memorized items that the attack got out of the mitigated model: an item
+    counts where any of the budget's images is a copy by ``score``. ``control`` is the same under the same
+    budget for their twins, which no model ever saw: what the attack itself injects. ``plain`` and
+    ``plain_control`` are both without the attack, on the row's own first image an item.
+
+    ``excess`` is memorized - control, paired by twin. ``hidden`` is excess - (plain - plain_control): what
+    the mitigation had only hidden. ``kinds`` holds ``memorized`` by kind of item.
+    """
+
+    schema_: Literal["lethe/attack/1"] = Field(default="lethe/attack/1", alias="schema")
+    suite: SuiteKey
+    model: str
+    method: str
+    setting: str
+    row_key: str
+    """``key`` of the row's ``made.json``: an attack on other images than the row's is not shown."""
+    attack: str
+    by: str
+    how: str
+    budget: dict[str, Any]
+    score: str
+    memorized: Share
+    control: Share
+    plain: Share
+    plain_control: Share
+    excess: Difference
+    hidden: Difference
+    kinds: dict[str, Share] = Field(default_factory=dict)
+    facts: dict[str, Any] = Field(default_factory=dict)
+    seconds: float
+    provenance: Provenance
+
+    def to_json(self) -> str:
+        """The record as it is written: sorted keys, two spaces."""
+        data = self.model_dump(mode="json", by_alias=True)
+        return json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
+def read_attacks(folder: Path) -> list[AttackRecord]:
+    """The records beside a row (``folder`` is the row's), by attack.
+
+    Records of another result than the row that lies there (another ``made.json``) are left out. Raises
+    UserError naming the file and the first thing that is wrong with it.
+    """
+    paths = sorted((folder / "attacks").glob("*.json"))
+    if not paths:
+        return []
+    try:
+        key = json.loads((folder / "made.json").read_text())["key"]
+    except (OSError, ValueError, KeyError):
+        return []
+    found = []
+    for path in paths:
+        try:
+            record = AttackRecord.model_validate_json(path.read_text())
+        except ValidationError as error:
+            raise UserError(f"{path} is not a valid attack record: {first_error(error)}") from error
+        if record.row_key == key:
+            found.append(record)
+    return found
+
+
+def best_known(records: Sequence[AttackRecord]) -> AttackRecord | None:
+    """The attack whose ``excess`` is highest, or None without records. The row's plain draws may beat it."""
+    return max(records, key=lambda r: (r.excess.value, r.attack), default=None)
