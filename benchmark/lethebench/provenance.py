@@ -32,13 +32,15 @@ RECORDED = (*DECISIVE, *SCORING, "peft", "accelerate", "scikit-learn", "pandas")
 
 def packages(names: Sequence[str] = RECORDED) -> dict[str, str]:
     """Installed versions of the named distributions."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {name: found for name in names if (found := _version(name)) is not None}
+
+
+@lru_cache
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 @lru_cache
