@@ -76,7 +76,9 @@ class Recipe:
         """Why the recipe doesn't apply to a family of models, or None."""
         for part in self.parts:
             if model_family not in part.model_families:
-                return f"{part.name} supports {', '.join(sorted(part.model_families))}, not {model_family}"
+                reason = f": {part.unsupported_reason}" if part.unsupported_reason else ""
+                known = ", ".join(sorted(part.model_families))
+                return f"{part.name} supports {known}, not {model_family}{reason}"
         return None
 
     def substitute(self, prompt: Prompt, prompts: Mapping[str, Prompt]) -> Prompt:

@@ -174,6 +174,8 @@ class Method(ABC):
     knowledge: ClassVar[frozenset[Knowledge]] = frozenset()
     model_families: ClassVar[frozenset[str]] = frozenset({"sd", "sdxl", "sd3", "flux"})
     """Model families that the method supports; on others its row says ``not-applicable``."""
+    unsupported_reason: ClassVar[str] = ""
+    """Why the other families are left out, as the row shows it after "supports ..., not ...: "."""
     strengths: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
     """Settings by name, from the weakest to the strongest."""
     citation: ClassVar[str] = ""

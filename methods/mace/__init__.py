@@ -78,6 +78,7 @@ class MACE(Method):
     family = Family.WEIGHTS
     knowledge = frozenset({Knowledge.MEMORIZED_PROMPTS, Knowledge.CONCEPT_NAMES, Knowledge.NEUTRAL_PROMPTS})
     model_families = frozenset({"sd", "sdxl"})
+    unsupported_reason = "it edits the cross-attention to the prompt, which joint-attention transformers lack"
     strengths: ClassVar = {"weak": {"scale": 0.5}, "medium": {"scale": 0.75}, "strong": {"scale": 1.0}}
     quick: ClassVar = {"count": 2, "steps": 2, "images": 1, "chain_steps": 2, "preserve": 4}
     citation = (

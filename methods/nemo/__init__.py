@@ -91,6 +91,9 @@ class NeMo(Method):
     family = Family.WEIGHTS
     knowledge = frozenset({Knowledge.NEUTRAL_PROMPTS, Knowledge.MEMORIZED_PROMPTS, Knowledge.CONCEPT_NAMES})
     model_families: ClassVar = frozenset({"sd", "sdxl"})
+    unsupported_reason = (
+        "it looks for neurons of the cross-attention to the prompt, which joint-attention transformers lack"
+    )
     strengths: ClassVar = {
         "weak": {"scale": 0.5},
         "per-prompt": {},

@@ -94,6 +94,56 @@ def test_a_run_writes_rows_tables_and_images(tiny_suite: Path, tmp_path: Path) -
         assert (folder / "images" / f"{image.prompt_id}-{image['index']}.png").exists()
 
 
+FLOW_ONLY = """
+from lethebench.method import Family, Method
+
+class FlowOnly(Method):
+    name = "flow-only"
+    summary = "works on flow models"
+    family = Family.SAMPLING
+    citation = "none"
+    model_families = frozenset({"flux"})
+    unsupported_reason = "it follows a velocity"
+"""
+
+
+def test_a_method_that_does_not_apply_says_why(tiny_suite: Path, tmp_path: Path) -> None:
+    (tmp_path / "flow_only.py").write_text(FLOW_ONLY)
+    spec = f"{tmp_path / 'flow_only.py'}:FlowOnly"
+    row = _bench(tiny_suite, tmp_path / "runs", spec, strength="all", until="row").rows[-1]
+    assert (row.method, row.status, row.scores) == ("flow-only", "not-applicable", {})
+    assert row.reason == "flow-only supports flux, not sd: it follows a velocity"
+
+
+def test_a_method_whose_images_take_longer_costs_more(tiny_suite: Path, tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(SLOW)
+    row = _bench(tiny_suite, tmp_path / "runs", f"{tmp_path / 'slow.py'}:Slow", strength="all").rows[-1]
+    assert row.cost is not None and row.cost.relative_to_base is not None
+    assert row.cost.relative_to_base > 1.5  # each prediction is asked for five times more
+
+
+SLOW = """
+from lethebench.hooks import SamplerHooks
+from lethebench.method import Family, Method
+
+class Hooks(SamplerHooks):
+    def guidance(self, combined, unconditional, conditional, step):
+        for _ in range(5):
+            step.batch.predict(step.latents, step.timestep, step.conditioning)
+        return combined
+
+class Slow(Method):
+    name = "slow"
+    summary = "asks the denoiser again and again"
+    family = Family.SAMPLING
+    citation = "none"
+
+    def apply(self, model, artefact):
+        from contextlib import nullcontext
+        return nullcontext(Hooks())
+"""
+
+
 def test_a_second_run_computes_nothing(tiny_suite: Path, tmp_path: Path) -> None:
     first = _bench(tiny_suite, tmp_path / "runs")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*") if p.is_file()}

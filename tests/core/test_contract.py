@@ -104,7 +104,7 @@ BROKEN = {
     ),
     "settings_have_help": "y: int = 1",
     "three_strengths": "strengths = {'only': {'x': 1}}",
-    "declares_its_facts": "summary = ''",
+    "declares_its_facts": "model_families = frozenset({'sd'})",
 }
 
 SOURCE = """

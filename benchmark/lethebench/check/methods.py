@@ -111,6 +111,10 @@ def check_declares_its_facts(subject: Subject) -> None:
         undeclared = sorted(configure(cls, strength).sees - cls.knowledge)
         assert not undeclared, f"strength '{strength}' sees {', '.join(undeclared)}, which `knowledge` lacks"
     assert cls.model_families, "`model_families` is empty"
+    left_out = sorted(Method.model_families - cls.model_families)
+    assert not left_out or cls.unsupported_reason, (
+        f"say in `unsupported_reason` why {', '.join(left_out)} are not supported"
+    )
     assert cls.control or cls.citation, "declare a `citation`"
 
 
