@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lethebench.hooks import ImageKey, SamplerHooks
+from lethebench.hooks import SamplerHooks
 from lethebench.method import Artefact, Family, Method, setting
+from lethebench.methods._inserted_words import CITATION, LICENCE, InsertedWords, insert_words, require_count
 from lethebench.registry import METHODS
-from lethebench.seeding import generator
 
 if TYPE_CHECKING:
     import torch
 
     from lethebench.zoo import Model
+
+__all__ = ["RandomTokenHooks", "RandomTokens", "insert_words", "random_words"]
 
 
 def random_words(tokenizer: Any, count: int, draws: torch.Generator) -> list[str]:
@@ -32,30 +34,18 @@ def random_words(tokenizer: Any, count: int, draws: torch.Generator) -> list[str
     return words
 
 
-def insert_words(text: str, words: Sequence[str], draws: torch.Generator) -> str:
-    """Insert each word at a random place between the words of the text (or at an end)."""
-    import torch
-
-    found = text.split(" ")
-    for word in words:
-        found.insert(int(torch.randint(len(found) + 1, (1,), generator=draws)), word)
-    return " ".join(found)
-
-
 @dataclass(frozen=True)
-class RandomTokenHooks(SamplerHooks):
-    """Changes each image's prompt on its own: the draws depend on suite, prompt and index alone."""
+class RandomTokenHooks(InsertedWords):
+    """Puts ``tokens`` random tokens into each prompt."""
 
     tokenizer: Any
     tokens: int
 
-    def texts(self, texts: list[str], keys: tuple[ImageKey, ...]) -> list[str]:
-        """The texts with ``tokens`` random tokens in each."""
-        return [self._changed(text, key) for text, key in zip(texts, keys, strict=True)]
+    purpose = "random-tokens"
 
-    def _changed(self, text: str, key: ImageKey) -> str:
-        draws = generator("random-tokens", key.suite, key.prompt.id, key.index)
-        return insert_words(text, random_words(self.tokenizer, self.tokens, draws), draws)
+    def words(self, text: str, draws: torch.Generator) -> list[str]:
+        """Random tokens of the vocabulary, whatever the prompt."""
+        return random_words(self.tokenizer, self.tokens, draws)
 
 
 @METHODS.register
@@ -73,12 +63,14 @@ class RandomTokens(Method):
     summary = "Random vocabulary tokens at random places of every prompt."
     family = Family.SAMPLING
     strengths: ClassVar = {"weak": {"tokens": 1}, "medium": {"tokens": 2}, "strong": {"tokens": 4}}
-    citation = (
-        "Somepalli, Singla, Goldblum, Geiping, Goldstein: Understanding and Mitigating Copying in "
-        "Diffusion Models. NeurIPS 2023. arXiv:2305.20086"
-    )
+    citation = CITATION
+    licence = LICENCE
     control = True
     off: ClassVar = {"tokens": 0}
+
+    def __post_init__(self) -> None:
+        """Refuse a negative number."""
+        require_count("tokens", self.tokens)
 
     @contextmanager
     def apply(self, model: Model, artefact: Artefact) -> Iterator[SamplerHooks]:

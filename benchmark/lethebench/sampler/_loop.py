@@ -15,7 +15,13 @@ from torch import Tensor
 
 from lethebench.hooks import Batch, Conditioning, ImageKey, Prediction, Recorder, SamplerHooks, Step
 from lethebench.sampler._families import Adapter, adapter_for, join
-from lethebench.sampler._schedulers import clean_latents, noise_levels, prepared_scheduler, step_arguments
+from lethebench.sampler._schedulers import (
+    at_step,
+    clean_latents,
+    noise_levels,
+    prepared_scheduler,
+    step_arguments,
+)
 from lethebench.seeding import generator
 
 if TYPE_CHECKING:
@@ -196,7 +202,7 @@ def _denoise(
         noise,
         timesteps,
         partial(guided_prediction, adapter),
-        lambda noise, time: _scaled(prepared_scheduler(adapter), noise, time),
+        partial(_scaled_at, prepared_scheduler(adapter)),
         partial(noise_levels, prepared_scheduler(adapter)),
         partial(clean_latents, prepared_scheduler(adapter)),
         float(getattr(scheduler, "init_noise_sigma", 1.0)),
@@ -253,3 +259,9 @@ def _scaled(scheduler: Any, latents: Tensor, time: Tensor) -> Tensor:
         return latents
     found: Tensor = scheduler.scale_model_input(latents, time)
     return found
+
+
+def _scaled_at(scheduler: Any, latents: Tensor, time: Tensor) -> Tensor:
+    """The same at any time of a prepared scheduler's schedule; the scheduler is left as it was."""
+    index = int((scheduler.timesteps.to(torch.float64) - float(time)).abs().argmin())
+    return _scaled(at_step(scheduler, index), latents, time)

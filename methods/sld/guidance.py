@@ -1,0 +1,70 @@
+"""Safety guidance: equations 3 to 8 of Schramowski et al. 2023, element by element.
+
+With unconditional, prompt's and concept's predictions u, p, c, guidance scale g and momentum nu (0 at first):
+
+    mu    = min(1, s |p - c|)  where p - c < threshold, else 0        (eq. 6; s: ``scale``)
+    gamma = mu (c - u) + momentum * nu                                (eq. 4 and 7)
+    nu'   = beta nu + (1 - beta) gamma                                (eq. 8)
+    e     = u + g (p - u - gamma)   after the warm-up                 (eq. 3)
+
+gamma without g is in units of the prediction: float32 ``[B, ...]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lethebench.errors import UserError
+from lethebench.hooks import Batch, SamplerHooks, Step
+from lethebench.methods.sld.words import concept_of
+from lethebench.sampler import encode_prompts
+
+if TYPE_CHECKING:
+    from lethebench.methods.sld import SLD
+
+PAPER_STEPS = 50
+
+
+def safety_term(prompt: Tensor, unconditional: Tensor, concept: Tensor, nu: Tensor, settings: SLD) -> Tensor:
+    """gamma, like the predictions, of these and the momentum ``nu``."""
+    difference = prompt - concept
+    share = (difference.abs() * settings.scale).clamp(max=1.0)
+    share = torch.where(difference >= settings.threshold, 0.0, share)
+    return share * (concept - unconditional) + settings.momentum * nu
+
+
+class SafetyGuidance(SamplerHooks):
+    """Guides each image away from its prompt's own concept (:func:`concept_of`)."""
+
+    def __init__(self, settings: SLD, words: Sequence[str], text: str) -> None:
+        self.settings, self._words, self._text = settings, words, text
+
+    def start(self, batch: Batch) -> Batch:
+        """Encode the concepts and forget the last batch's momentum. Raises UserError without guidance."""
+        if batch.conditioning.negative is None:
+            raise UserError("sld needs classifier-free guidance: set the sampler's guidance_scale above 1")
+        texts = [concept_of(t, self._words, self._text) for t in batch.texts]
+        self._concept = replace(encode_prompts(batch.model, texts, batch.settings), negative=None)
+        self._nu = torch.zeros_like(batch.noise)
+        steps = batch.settings.num_inference_steps
+        self._begin = self.settings.warmup * steps / PAPER_STEPS
+        self._beta = self.settings.beta ** (PAPER_STEPS / steps)
+        return batch
+
+    def guidance(
+        self, combined: Tensor, unconditional: Tensor | None, conditional: Tensor, step: Step
+    ) -> Tensor:
+        """The guided prediction less the safety term, which the concept's own prediction gives."""
+        assert unconditional is not None  # start saw the negative conditioning
+        scaled = step.batch.scale(step.latents, step.timestep)
+        concept = step.batch.predict(scaled, step.timestep, self._concept).conditional
+        gamma = safety_term(conditional, unconditional, concept, self._nu, self.settings)
+        self._nu = self._beta * self._nu + (1 - self._beta) * gamma
+        if step.index < self._begin:
+            return combined
+        return combined - step.guidance_scale * gamma
