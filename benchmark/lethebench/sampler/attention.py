@@ -2,8 +2,8 @@
 
 Forward hooks on the ``attn2`` modules of a diffusers UNet read what ``to_q`` and ``to_k`` give and compute
 the softmax of q k^T from it. Processors stay in place, no class is patched, and the images are the same to
-the bit. What a method changes in the projections (masks, LoRA, hooks put in earlier) is seen; what its own
-attention processor does after them is not.
+the bit. What a method changes in the projections (masks, LoRA, hooks put in earlier) and in the attention's
+mask (tokens masked, logits raised) is seen; what its own attention processor does after them is not.
 
 Transformers with joint attention (Stable Diffusion 3, FLUX) have no cross-attention to the prompt alone:
 :func:`cross_attention` finds nothing in them.
@@ -45,12 +45,12 @@ def probabilities(module: Any, query: Tensor, key: Tensor, mask: Tensor | None =
     """softmax(scale q k^T + mask), float32 ``[b, heads, pixels, tokens]``.
 
     ``query`` ``[b, pixels, heads * d]`` and ``key`` ``[b, tokens, heads * d]`` are what the module's ``to_q``
-    and ``to_k`` gave; ``mask`` is added to the logits, ``[b, 1, tokens]``.
+    and ``to_k`` gave; ``mask`` is added to the logits, ``[b, 1, tokens]`` or ``[b, heads, pixels, tokens]``.
     """
     q, k = (x.unflatten(-1, (module.heads, -1)).transpose(1, 2).float() for x in (query, key))
     logits = q @ k.mT * module.scale
     if mask is not None:
-        logits = logits + mask[:, None].float()
+        logits = logits + (mask if mask.ndim == 4 else mask[:, None]).float()
     found: Tensor = logits.softmax(dim=-1)
     return found
 
@@ -90,10 +90,14 @@ class CrossAttention:
 
             return hook
 
-        def before(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        def before(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given.clear()
-            if self.active and kwargs.get("attention_mask") is not None:
-                given["mask"] = kwargs["attention_mask"].detach()[-self.images :]
+            mask = kwargs.get("attention_mask")
+            if self.active and mask is not None:
+                rows = len(args[0])
+                if len(mask) != rows:  # one for each head
+                    mask = mask.unflatten(0, (rows, -1))
+                given["mask"] = mask.detach()[-self.images :]
 
         def after(_module: Any, _args: Any, _output: Any) -> None:
             if not self.active:
