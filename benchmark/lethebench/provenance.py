@@ -65,7 +65,7 @@ SAMPLER_CODE = (
     "method.py",
     "work.py",
 )
-FITTING_CODE = ("unlearning", "judges")
+FITTING_CODE = ("unlearning", "judges", "magnitude.py")
 """What methods share, beside the sampler's code: part of the keys of fits, and so of images."""
 SCORING_CODE = (
     "judges",

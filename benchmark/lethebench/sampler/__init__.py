@@ -2,6 +2,7 @@
 
 - :func:`sample` draws images and calls the hooks of ``lethebench.hooks``;
 - :class:`Chain` gives the same chain as pure, differentiable steps, for methods that learn through it;
+- :func:`prepare` gives a batch before its first step, to ask the denoiser about it;
 - :func:`unconditional` is the empty prompt for a hook that needs it where the model samples without;
 - :func:`initial_latents` and :func:`encode_prompts` are the two inputs of either.
 
@@ -16,7 +17,14 @@ from __future__ import annotations
 
 from lethebench.sampler._chain import Chain
 from lethebench.sampler._families import encode_prompts, image_size, pack_latents, unpack_latents
-from lethebench.sampler._loop import Samples, decode, initial_latents, sample, unconditional
+from lethebench.sampler._loop import (
+    Samples,
+    decode,
+    initial_latents,
+    prepare,
+    sample,
+    unconditional,
+)
 
 __all__ = [
     "Chain",
@@ -26,6 +34,7 @@ __all__ = [
     "image_size",
     "initial_latents",
     "pack_latents",
+    "prepare",
     "sample",
     "unconditional",
     "unpack_latents",

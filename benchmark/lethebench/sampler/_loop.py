@@ -93,6 +93,12 @@ def initial_latents(model: Model, keys: Sequence[ImageKey], settings: SamplerSet
     return _noise(adapter_for(model, settings), keys)
 
 
+def prepare(model: Model, keys: Sequence[ImageKey], settings: SamplerSettings) -> Batch:
+    """The batch of ``keys`` as a hook's ``start`` sees it before the first step, without any hook."""
+    with torch.no_grad():
+        return _prepared(adapter_for(model, settings), tuple(keys), ())
+
+
 def unconditional(batch: Batch) -> Conditioning:
     """The empty prompt's conditioning for a batch, whether or not the model samples with guidance."""
     if batch.conditioning.negative is not None:
@@ -153,17 +159,40 @@ def _draw(
     recorders: tuple[Recorder, ...],
 ) -> tuple[Any, Any, Any, dict[str, Any]]:
     """One batch: images, latents and norms as numpy arrays, and what was recorded."""
-    texts, conditioning = _conditioning(adapter, keys, hooks)
-    noise = _noise(adapter, keys).to(adapter.model.device)
+    batch = _prepared(adapter, keys, hooks)
     for hook in hooks:
-        noise = hook.initial_noise(noise, keys)
-    latents, norms, seen = _denoise(adapter, noise, texts, conditioning, keys, hooks, recorders)
+        changed = hook.start(batch)
+        batch = replace(batch, noise=changed.noise, conditioning=changed.conditioning)
+    latents, norms, seen = _denoise(adapter, batch, hooks, recorders)
     latents = adapter.unpack(latents)
     images = decode(adapter.model, latents)
     for hook in hooks:
         images = hook.images(images, keys)
     recorded = {name: value.cpu().numpy() for name, value in seen.items()}
     return images.cpu().numpy(), latents.cpu().numpy(), norms.cpu().numpy(), recorded
+
+
+def _prepared(adapter: Adapter, keys: tuple[ImageKey, ...], hooks: tuple[SamplerHooks, ...]) -> Batch:
+    """The batch as hooks see it before the first step."""
+    texts, conditioning = _conditioning(adapter, keys, hooks)
+    noise = _noise(adapter, keys).to(adapter.model.device)
+    for hook in hooks:
+        noise = hook.initial_noise(noise, keys)
+    scheduler = prepared_scheduler(adapter)
+    return Batch(
+        adapter.model,
+        adapter.settings,
+        keys,
+        texts,
+        conditioning,
+        noise,
+        scheduler.timesteps.to(noise.device),
+        partial(guided_prediction, adapter),
+        partial(_scaled_at, scheduler),
+        partial(noise_levels, scheduler),
+        partial(clean_latents, scheduler),
+        float(getattr(scheduler, "init_noise_sigma", 1.0)),
+    )
 
 
 def _conditioning(
@@ -179,38 +208,14 @@ def _conditioning(
 
 
 def _denoise(
-    adapter: Adapter,
-    noise: Tensor,
-    texts: tuple[str, ...],
-    conditioning: Conditioning,
-    keys: tuple[ImageKey, ...],
-    hooks: tuple[SamplerHooks, ...],
-    recorders: tuple[Recorder, ...],
+    adapter: Adapter, batch: Batch, hooks: tuple[SamplerHooks, ...], recorders: tuple[Recorder, ...]
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """From unit normal latents to final ones, both ``[B, ...]`` float32; norms ``[B, steps]``; records."""
+    keys, conditioning, timesteps = batch.keys, batch.conditioning, batch.timesteps
     scheduler = prepared_scheduler(adapter)
     arguments = step_arguments(scheduler, keys)
-    total = len(scheduler.timesteps)
-    timesteps = scheduler.timesteps.to(noise.device)
-    norms = noise.new_full((len(keys), total), torch.nan)
-    batch = Batch(
-        adapter.model,
-        adapter.settings,
-        keys,
-        texts,
-        conditioning,
-        noise,
-        timesteps,
-        partial(guided_prediction, adapter),
-        partial(_scaled_at, prepared_scheduler(adapter)),
-        partial(noise_levels, prepared_scheduler(adapter)),
-        partial(clean_latents, prepared_scheduler(adapter)),
-        float(getattr(scheduler, "init_noise_sigma", 1.0)),
-    )
-    for hook in hooks:
-        changed = hook.start(batch)
-        batch = replace(batch, noise=changed.noise, conditioning=changed.conditioning)
-    conditioning = batch.conditioning
+    total = len(timesteps)
+    norms = batch.noise.new_full((len(keys), total), torch.nan)
     latents = batch.noise * batch.init_noise_sigma
     with ExitStack() as watching:
         for recorder in recorders:
