@@ -119,7 +119,8 @@ class BrightEnding(Metric):
 
     One pass gives both: the differences' squares are kept until the last step gives the mask. The prompt
     whose end token is asked for is the one that was encoded, with a method's changes. NaN for models without
-    cross-attention to the prompt (SD 3, FLUX); without guidance there is a mask, but no value.
+    cross-attention to the prompt (SD 3, FLUX), and where a method masks the end token (``ren`` can); without
+    guidance there is a mask, but no value.
     """
 
     first: int = setting(5, "steps of the window, from the first (all, where there are fewer)")
