@@ -11,6 +11,8 @@ SITE     ?= site
 THREADS  ?= 0
 WORKERS  ?= 1
 SET      ?=
+ROW      ?=
+ATTACK   ?=
 
 LETHE  = $(VENV)/bin/lethe
 SETUP  = $(VENV)/.installed
@@ -18,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup bench test leaderboard check metrics models lint format clean
+.PHONY: help setup bench attack test leaderboard check metrics models lint format clean
 .DEFAULT_GOAL := help
 
 help: ## Show the targets
@@ -35,6 +37,10 @@ setup: $(SETUP) ## Install Lethe and all it needs into .venv
 bench: $(SETUP) ## Run a method: METHOD=uniforget [SUITE=planted] [STRENGTH=all] [MODEL=] [SET='k=v']
 	@test -n "$(METHOD)" || { echo "make: say which method: make bench METHOD=uniforget"; exit 2; }
 	$(LETHE) bench "$(METHOD)" --suite "$(SUITE)" --strength "$(STRENGTH)" --engine $(ENGINE) --runs "$(RUNS)" --site "$(SITE)" --threads $(THREADS) --workers $(WORKERS) $(if $(MODEL),--model "$(MODEL)") $(foreach s,$(SET),--set "$(s)")
+
+attack: $(SETUP) ## Is memorization gone or only hidden? ROW=uniforget/strong (or METHOD, all) [ATTACK=dori]
+	@test -n "$(ROW)" || { echo "make: say which row: make attack ROW=uniforget/strong"; exit 2; }
+	$(LETHE) attack "$(ROW)" --suite "$(SUITE)" --engine $(ENGINE) --runs "$(RUNS)" --site "$(SITE)" --threads $(THREADS) --workers $(WORKERS) $(if $(MODEL),--model "$(MODEL)") $(foreach a,$(ATTACK),--attack "$(a)")
 
 test: $(SETUP) ## Run the tests
 	$(VENV)/bin/python -m pytest -q

@@ -15,6 +15,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from lethebench.attack.record import AttackRecord
+from lethebench.leaderboard import _attacks
 from lethebench.leaderboard import _format as fmt
 from lethebench.leaderboard._columns import GROUPS, Cell, Column, columns, missing_cell, place, score_names
 from lethebench.leaderboard._curves import LOSS, MAX_LOSS, Curve, Estimate, Front, curves, front, resample
@@ -32,6 +34,7 @@ from lethebench.leaderboard._pictures import (
 )
 from lethebench.leaderboard._plot import (
     COLOURS,
+    NEAR,
     SHAPES,
     Axis,
     DoseLine,
@@ -66,6 +69,12 @@ KNOWLEDGE = {
     "reference-index": "reference index",
 }
 NOTHING = "nothing"
+FAMILIES = {
+    "weights": "Change the weights (solid)",
+    "sampling": "Act while sampling (dashed)",
+    "training": "Act while training (dotted)",
+}
+CONTROLS = "Controls"
 _LEAD_LABELS = {"VM": 0, "FM": 1, "BM": 2}
 
 
@@ -91,6 +100,17 @@ class ScoreLine:
     p: str
 
 
+@dataclass(frozen=True)
+class KeyLine:
+    """A method in the key of the plot, with its curve's numbers."""
+
+    method: str
+    colour: int
+    shape: str
+    cells: tuple[tuple[str, str], ...]
+    """(value, interval) by heading; empty where the method has no curve."""
+
+
 @dataclass
 class Line:
     """A row as the page shows it."""
@@ -105,6 +125,14 @@ class Line:
     pictures: list[Picture]
     slices: list[SliceTable]
     scores: list[ScoreLine]
+    attacks: tuple[AttackRecord, ...]
+    metrics_text: str
+    """What the row alone records of its metrics, as indented JSON; empty where others record the same."""
+
+    @property
+    def attack_lines(self) -> list[_attacks.AttackLine]:
+        """The attacks on the row, the strongest first."""
+        return _attacks.attack_lines(self.attacks)
 
     @property
     def knowledge(self) -> list[str]:
@@ -120,11 +148,6 @@ class Line:
     def config_text(self) -> str:
         """Configuration and seeds as indented JSON."""
         return json.dumps({"config": self.row.config, "seeds": self.row.seeds}, indent=2, sort_keys=True)
-
-    @property
-    def metrics_text(self) -> str:
-        """What the row records of its metrics, as indented JSON."""
-        return json.dumps(self.row.metrics, indent=2, sort_keys=True)
 
     @property
     def facts(self) -> list[tuple[str, str]]:
@@ -176,6 +199,10 @@ class Board:
     headline_clusters: int
     resolution: float | None
     """The smallest paired difference of the headline that is found with 80 % power, or None."""
+    attacks: _attacks.Section | None
+    """None where no row was attacked."""
+    metrics_text: str
+    """What all rows record alike of their metrics, as indented JSON."""
     unranked: str
     """Why there are no ranks; empty where there are."""
     latents: LatentSection | None
@@ -291,10 +318,29 @@ class Board:
         ]
 
     @property
-    def curve_lines(self) -> list[tuple[str, int, list[tuple[str, str]]]]:
-        """The table of curves: method, colour, (value, interval) by heading."""
-        colours = {x.row.method: x.colour for x in self.methods}
-        return [(c.method, colours[c.method], [_estimate(c.at_loss), _estimate(c.area)]) for c in self.curves]
+    def key(self) -> list[tuple[str, str, list[KeyLine]]]:
+        """The plot's methods by family, best area first: (family, heading, lines). Controls come last."""
+        if self.plot is None:
+            return []
+        drawn = [s for s, _ in groupby(m.series for m in self.plot[0].marks)]
+        numbers = {c.method: (_estimate(c.at_loss), _estimate(c.area)) for c in self.curves}
+        place = {c.method: i for i, c in enumerate(self.curves)}
+        drawn.sort(key=lambda s: place.get(s.name, len(place)))
+        found: dict[str, list[KeyLine]] = {f: [] for f in (*FAMILIES, *self.families, CONTROLS)}
+        for s in drawn:
+            line = KeyLine(s.name, s.colour, s.shape, numbers.get(s.name, ()))
+            found[CONTROLS if s.control else s.family].append(line)
+        return [(f, FAMILIES.get(f, f), lines) for f, lines in found.items() if lines]
+
+    @property
+    def attack_headings(self) -> Sequence[tuple[str, str]]:
+        """Headings of a row's table of attacks, with what they mean."""
+        return _attacks.HEADINGS
+
+    @property
+    def near(self) -> int:
+        """The loss of adherence up to which the plot's scale is even, in percent."""
+        return round(NEAR * 100)
 
     @property
     def doses(self) -> list[int]:
@@ -345,7 +391,9 @@ def _board(
     ranks, unranked = rank_rows([e.row for e in entries], tables, headline)
     entries = _order(entries, ranks, strengths, headline)
     looks = _looks([e.row for e in entries])
-    found = columns([e.row for e in entries], headline, adherence)
+    attacks = [e.attacks for e in entries]
+    alike = _alike([e.row.metrics for e in entries if e.row.metrics])
+    found = columns([e.row for e in entries], headline, adherence, attacks)
     pictures = _pictures(entries, tables, store, count)
     lines = [
         Line(
@@ -359,6 +407,8 @@ def _board(
             pictures=pictures[e.row.key],
             slices=_slice_tables(e.row),
             scores=_score_lines(e.row, found, i),
+            attacks=e.attacks,
+            metrics_text=_indented(_without(e.row.metrics, alike)),
         )
         for i, e in enumerate(entries)
     ]
@@ -389,9 +439,32 @@ def _board(
         headline_images=0 if record is None else record.n,
         headline_clusters=0 if record is None else record.clusters,
         resolution=_resolution(rows, headline),
+        attacks=_attacks.section(rows, {x.row.key: x.id for x in lines}, attacks),
+        metrics_text=_indented(alike),
         unranked=unranked,
         latents=latent_section(name, lines),
     )
+
+
+Metrics = Mapping[str, Mapping[str, Any]]
+
+
+def _alike(found: Sequence[Metrics]) -> Metrics:
+    """What every row that has a metric records of it with the same value."""
+    result: dict[str, dict[str, Any]] = {}
+    for name in sorted({n for metrics in found for n in metrics}):
+        first, *others = [metrics[name] for metrics in found if name in metrics]
+        result[name] = {k: v for k, v in first.items() if all(k in o and o[k] == v for o in others)}
+    return result
+
+
+def _without(metrics: Metrics, alike: Metrics) -> Metrics:
+    kept = {n: {k: v for k, v in told.items() if k not in alike[n]} for n, told in metrics.items()}
+    return {n: told for n, told in kept.items() if told}
+
+
+def _indented(found: Mapping[str, Any]) -> str:
+    return json.dumps(found, indent=1, sort_keys=True) if found else ""
 
 
 def _estimate(found: Estimate) -> tuple[str, str]:
@@ -461,10 +534,16 @@ def _better_first(row: Row, headline: str) -> float:
 
 
 def _looks(rows: Sequence[Row]) -> dict[str, tuple[int, str]]:
-    """A colour and a shape for each method: by name, so that a new setting changes none."""
+    """A colour and a shape for each method: by family and name, so that a new setting changes none."""
     found = {r.method: (-1, "circle") for r in rows if r.control}
-    for i, method in enumerate(sorted({r.method for r in rows if not r.control})):
-        found[method] = (i % COLOURS, SHAPES[i // COLOURS % len(SHAPES)])
+    families: dict[str, set[str]] = {}
+    for r in rows:
+        if not r.control:
+            families.setdefault(r.family, set()).add(r.method)
+    for family, methods in families.items():
+        shapes = SHAPES.get(family, SHAPES["weights"])
+        for i, method in enumerate(sorted(methods)):
+            found[method] = (i % COLOURS, shapes[i // COLOURS % len(shapes)])
     return found
 
 
@@ -573,7 +652,8 @@ def _series(
         points = [p for i, line in members if (p := _point(line, by_key[x], by_key[y], i, best)) is not None]
         if points:
             first = members[0][1]
-            result.append(Series(method, first.colour, first.shape, first.row.control, tuple(points)))
+            look = first.colour, first.shape, first.row.family, first.row.control
+            result.append(Series(method, *look, tuple(points)))
     return result
 
 
@@ -620,8 +700,8 @@ def _plots(
         both.append(Axis(label + (" (%)" if number.percent else ""), short, column.direction))
     on = frozenset(ids[key] for key in best.rows)
     x, y = both
-    wide = scatter(series, x, y, on, best.resampled, 760, 440)
-    return wide, scatter(series, x, y, on, best.resampled, 380, 360)
+    wide = scatter(series, x, y, on, best.resampled, 1080, 600, len(series))
+    return wide, scatter(series, x, y, on, best.resampled, 380, 500, 10)
 
 
 def _panels(lines: Sequence[Line], headline: str) -> tuple[list[Panel], str]:

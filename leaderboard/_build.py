@@ -141,10 +141,12 @@ def embedded_json(data: Any) -> str:
 
 
 def input_sha256(content: Content) -> str:
-    """A hash of what the page was made of: every row, by its key, and every ``metrics.json``."""
+    """A hash of what the page was made of: every row, by its key, its attacks, every ``metrics.json``."""
     digest = hashlib.sha256()
     for entry in content.found.entries:
         digest.update(entry.row.to_json().encode())
+        for record in entry.attacks:
+            digest.update(record.to_json().encode())
     for table in content.evaluations:
         digest.update(table.sha256.encode())
     return digest.hexdigest()

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
+from lethebench.attack.record import AttackRecord
+from lethebench.leaderboard import _attacks
 from lethebench.leaderboard import _format as fmt
 from lethebench.row import Cost, Row, ScoreRecord
 
@@ -81,11 +83,17 @@ class Column:
         return {"lower": "↓", "higher": "↑", "none": ""}[self.direction]
 
 
-def columns(rows: Sequence[Row], headline: str | None, adherence: str | None) -> list[Column]:
+def columns(
+    rows: Sequence[Row],
+    headline: str | None,
+    adherence: str | None,
+    attacks: Sequence[Sequence[AttackRecord]] = (),
+) -> list[Column]:
     """Every column that a row has something for, headline first, in group order."""
     order = list(GROUPS)
     scores = [score_column(name, rows, headline) for name in score_names(rows, headline, adherence)]
-    found = scores + [_cost_column(spec, rows) for spec in _COSTS]
+    attacked = [_best_known(rows, attacks)] if any(attacks) else []
+    found = scores[:1] + attacked + scores[1:] + [_cost_column(spec, rows) for spec in _COSTS]
     kept = [c for c in found if c.group != "cost" or any(x.state == "ok" for x in c.cells)]
     return sorted(kept, key=lambda c: order.index(c.group))
 
@@ -193,6 +201,36 @@ def _shade(cells: Sequence[Cell], rows: Sequence[Row], direction: Direction) -> 
     ]
 
 
+# --- attacks --------------------------------------------------------------------------------------
+
+BEST_KNOWN = "best_known"
+_BEST_KNOWN_HELP = (
+    "The highest memorization that anyone got out of the row, by an attack or without one: the share of the "
+    "memorized items of which a copy came out, less that of twins that no model ever saw (the control: what "
+    "the attack itself injects). In points. The interval is that of the one shown; it isn't widened for "
+    "choosing the highest. Other items and another budget than Memorized. Lower is better."
+)
+
+
+def _best_known(rows: Sequence[Row], attacks: Sequence[Sequence[AttackRecord]]) -> Column:
+    cells = [_best_cell(row, records) for row, records in zip(rows, attacks, strict=True)]
+    shaded = tuple(_shade(cells, rows, "lower"))
+    return Column(BEST_KNOWN, "Best known", "memorization", _BEST_KNOWN_HELP, "lower", "%", shaded)
+
+
+def _best_cell(row: Row, records: Sequence[AttackRecord]) -> Cell:
+    missing = missing_cell(row, None) if row.status != "ok" else None
+    found = _attacks.best(records)
+    if missing is not None:
+        return missing
+    if found is None:
+        return Cell("not-run", note="Nobody has attacked this row: lethe attack.")
+    number = _attacks.PERCENT
+    return Cell(
+        "ok", number(found.value), number.interval(found.low, found.high), found.value, _attacks.note(found)
+    )
+
+
 # --- cost -----------------------------------------------------------------------------------------
 
 
@@ -227,7 +265,8 @@ _COSTS = (
     _CostSpec(
         "cost.relative_to_base",
         "Per image",
-        "Time for an image, relative to base on the same machine.",
+        "Time to draw an image with the method, relative to drawing it without: by turns in one process, "
+        "the faster of two draws of the same images each. Base is 1.",
         "lower",
         lambda c: c.relative_to_base,
         _ratio,
@@ -253,7 +292,8 @@ _COSTS = (
     _CostSpec(
         "cost.peak_memory_bytes",
         "Memory",
-        "Peak memory.",
+        "Peak memory, the greater of fitting the method and drawing its images: of the accelerator, else of "
+        "the whole process.",
         "lower",
         lambda c: c.peak_memory_bytes,
         lambda v: fmt.size(None if v is None else int(v)),

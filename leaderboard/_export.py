@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from lethebench.leaderboard import _attacks
 from lethebench.leaderboard._board import Board, Line
 from lethebench.leaderboard._columns import Cell, Column
 from lethebench.leaderboard._rows import Problem, rows_frame
@@ -16,11 +17,14 @@ _MISSING = {"failed": "failed", "not-run": "not run", "not-applicable": "n/a"}
 
 
 def csv_text(boards: Sequence[Board]) -> str:
-    """Every row of every board as one CSV table: ranks, then the columns of ``rows_frame``."""
+    """Every row of every board as one CSV table: ranks, the columns of ``rows_frame``, the best known."""
     lines = [line for board in boards for line in board.lines]
     frame = rows_frame([line.row for line in lines])
     frame.insert(0, "rank_first", [line.rank.first for line in lines])
     frame.insert(1, "rank_last", [line.rank.last for line in lines])
+    told = [_best_known(line) for line in lines]
+    for name in _BEST_KNOWN:
+        frame[f"best_known{name}"] = [t.get(name) for t in told]
     whole = {"rank_first": "Int64", "rank_last": "Int64"} | {
         c: "Int64" for c in frame if str(c).endswith(".n")
     }
@@ -28,8 +32,25 @@ def csv_text(boards: Sequence[Board]) -> str:
     return text
 
 
+_BEST_KNOWN = ("", ".low", ".high", ".n", ".attack", ".by", ".how", ".memorized", ".control")
+
+
+def _best_known(line: Line) -> dict[str, Any]:
+    """The best known of a row; empty where nobody attacked it. ``attack`` is empty where none beats the row's
+    own draws.
+    """
+    found = _attacks.best(line.attacks)
+    if found is None or line.failed:
+        return {}
+    r = found.record
+    raw, control = (r.plain, r.plain_control) if found.plain else (r.memorized, r.control)
+    who = ("", "", "") if found.plain else (r.attack, r.by, r.how)
+    values = (found.value, found.low, found.high, raw.n, *who, raw.value, control.value)
+    return dict(zip(_BEST_KNOWN, values, strict=True))
+
+
 def json_text(boards: Sequence[Board], problems: Sequence[Problem]) -> str:
-    """Every row whole, with its rank; and what could not be read."""
+    """Every row whole, with its rank and the attacks on it; and what could not be read."""
     data = {
         "schema": JSON_SCHEMA,
         "boards": [_board_data(b) for b in boards],
@@ -46,6 +67,8 @@ def _board_data(board: Board) -> dict[str, Any]:
         "smallest_difference": board.resolution,
         "rows": [
             {"rank": {"first": x.rank.first, "last": x.rank.last, "note": x.rank.note}}
+            | {"best_known": {k.lstrip(".") or "value": v for k, v in _best_known(x).items()} or None}
+            | {"attacks": [r.model_dump(mode="json", by_alias=True) for r in x.attacks]}
             | x.row.model_dump(mode="json", by_alias=True)
             for x in board.lines
         ],

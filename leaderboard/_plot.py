@@ -9,7 +9,16 @@ from dataclasses import dataclass, field, replace
 from lethebench.leaderboard._format import NumberFormat
 
 COLOURS = 8
-SHAPES = ("circle", "square", "diamond", "triangle")
+SHAPES = {
+    "weights": ("circle", "square", "pentagon"),
+    "sampling": ("diamond", "triangle", "wedge"),
+    "training": ("hexagon", "star"),
+}
+"""A family's shapes: the next one where its methods are more than the colours."""
+NEAR = 0.02
+"""The loss, as a share of base, up to which the scale of adherence is about linear; beyond it logarithmic."""
+LOSSES = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.0, -0.01, -0.02, -0.05, -0.1, -0.2, -0.5, -1.0)
+"""Where it may have ticks."""
 CHARACTER = 6.3
 """Mean width of a character of a label in the plot's units (measured at 12 px in Liberation Sans)."""
 
@@ -21,6 +30,7 @@ class Series:
     name: str
     colour: int
     shape: str
+    family: str
     control: bool
     points: tuple[Point, ...]
 
@@ -115,16 +125,26 @@ class Axis:
     """``lower``, ``higher`` or ``none``."""
 
 
-@dataclass
-class _Scale:
+@dataclass(frozen=True)
+class Scale:
+    """Values on pixels. Spread out near a ``centre``: about linear up to :data:`NEAR`, logarithmic beyond."""
+
     low: float
     high: float
     start: float
     end: float
+    centre: float | None = None
 
     def __call__(self, value: float) -> float:
-        share = (value - self.low) / (self.high - self.low)
-        return round(self.start + share * (self.end - self.start), 1)
+        """The place of a value, in pixels."""
+        low, high, at = (self._bent(v) for v in (self.low, self.high, value))
+        return round(self.start + (at - low) / (high - low) * (self.end - self.start), 1)
+
+    def _bent(self, value: float) -> float:
+        if not self.centre:
+            return value
+        away = (value - self.centre) / abs(self.centre)
+        return math.copysign(math.log1p(abs(away) / NEAR), away)
 
 
 def scatter(
@@ -135,13 +155,22 @@ def scatter(
     fronts: Sequence[Sequence[tuple[float, float]]],
     width: int,
     height: int,
+    most_labels: int,
 ) -> Scatter:
-    """Lay out the plot. ``front`` names the rows on the Pareto front, ``fronts`` are its resamples."""
+    """Lay out the plot. ``front`` names the rows on the Pareto front, ``fronts`` are its resamples.
+
+    With base on it the scale of ``y`` is relative to base.
+    """
     left, right, top, bottom = 56.0, width - 14.0, 14.0, height - 46.0
     sx = _scale_of(list(series), "x", x.format.percent, left, right)
     sy = _scale_of(
         [s for s in series if not s.control or s.name == "base"] or list(series), "y", False, bottom, top
     )
+    base = next((s.points[0].y for s in series if s.name == "base"), 0.0)
+    if base:
+        values = [p.y for s in series if not s.control or s.name == "base" for p in s.points]
+        room = NEAR / 2 * abs(base)
+        sy = Scale(min(values) - room, max(values) + room, bottom, top, base)
     marks = tuple(_mark(p, s, i, sx, sy, top, bottom) for s in series for i, p in enumerate(s.points))
     curves = tuple(
         (s, _path([(m.x, m.y) for m in marks if m.series is s])) for s in series if len(s.points) > 1
@@ -151,25 +180,32 @@ def scatter(
         inside = [(sx(a), min(max(sy(b), top), bottom)) for a, b in points]
         return _steps(inside, x.better, y.better, left, right)
 
+    corner = _Box(right - 74, 0, right, 0) if x.better == "higher" else _Box(left, 0, left + 74, 0)
+    arrow = (
+        replace(corner, y0=top, y1=top + 40)
+        if y.better != "lower"
+        else replace(corner, y0=bottom - 40, y1=bottom)
+    )
+    frame = _Box(left, top, right, bottom)
     return Scatter(
         width, height, left, right, top, bottom,
         _labelled(sx, x.format, ticks(sx.low, sx.high, 6 if width > 500 else 4)),
-        _labelled(sy, y.format, ticks(sy.low, sy.high, 5)),
-        x.label, y.label, curves, marks,
-        tuple(_labels(series, marks, left, right, top, bottom)),
+        _relative_ticks(sy) if base else _labelled(sy, y.format, ticks(sy.low, sy.high, 5)),
+        x.label, f"{y.label}, relative to base (%)" if base else y.label, curves, marks,
+        tuple(_labels(series, front, marks, frame, arrow)[:most_labels]),
         stairs([(m.point.x, m.point.y) for m in marks if m.point.row in front]),
         tuple(stairs(f) for f in fronts),
         x.better == "higher", y.better != "lower",
     )  # fmt: skip
 
 
-def _scale_of(series: Sequence[Series], axis: str, from_zero: bool, start: float, end: float) -> _Scale:
+def _scale_of(series: Sequence[Series], axis: str, from_zero: bool, start: float, end: float) -> Scale:
     values = [v for s in series for p in s.points for v in _extent(p, axis)]
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     if from_zero:
         low = 0.0
     pad = (high - low or abs(high) or 1.0) * 0.06
-    return _Scale(low - (pad / 2 if from_zero else pad), high + pad, start, end)
+    return Scale(low - (pad / 2 if from_zero else pad), high + pad, start, end)
 
 
 def _extent(point: Point, axis: str) -> list[float]:
@@ -177,9 +213,7 @@ def _extent(point: Point, axis: str) -> list[float]:
     return [v for v in found if v is not None]
 
 
-def _mark(
-    point: Point, series: Series, place: int, sx: _Scale, sy: _Scale, top: float, bottom: float
-) -> Mark:
+def _mark(point: Point, series: Series, place: int, sx: Scale, sy: Scale, top: float, bottom: float) -> Mark:
     y = sy(point.y)
     outside = "below" if point.y < sy.low else "above" if point.y > sy.high else ""
     y = min(max(y, top), bottom)
@@ -187,7 +221,7 @@ def _mark(
     if not outside and None not in (point.x_low, point.x_high, point.y_low, point.y_high):
         ends = sx(point.x_low), sx(point.x_high), sy(point.y_high), sy(point.y_low)  # type: ignore[arg-type]
         cross = ends[0], ends[1], max(ends[2], top), min(ends[3], bottom)
-    radius = 4.5 if len(series.points) == 1 else min(3.6 + 1.2 * place, 6.5)
+    radius = 4.0 if len(series.points) == 1 else min(3.0 + place, 5.5)
     return Mark(point, series, sx(point.x), y, radius, cross, outside)
 
 
@@ -206,6 +240,10 @@ def _steps(
     return f"M{x:g},{y:g}{steps}H{right if x_better == 'lower' else left:g}"
 
 
+_CORNERS = {"pentagon": (5, None), "hexagon": (6, None), "star": (10, 0.55)}
+"""Corners of a shape, and the radius of every second one."""
+
+
 def outline(shape: str, r: float) -> str:
     """An SVG path of the shape, about as large as a circle of radius ``r``."""
     if shape == "square":
@@ -217,15 +255,37 @@ def outline(shape: str, r: float) -> str:
     if shape == "triangle":
         a = r * 1.3
         return f"M0,{-a:.1f}L{a * 0.9:.1f},{a * 0.75:.1f}H{-a * 0.9:.1f}z"
+    if shape == "wedge":
+        a = r * 1.3
+        return f"M0,{a:.1f}L{a * 0.9:.1f},{-a * 0.75:.1f}H{-a * 0.9:.1f}z"
+    if shape in _CORNERS:
+        n, inner = _CORNERS[shape]
+        radii = [r * 1.15 if inner is None or i % 2 == 0 else r * inner for i in range(n)]
+        angles = [2 * math.pi * i / n for i in range(n)]
+        corners = [(a * math.sin(w), -a * math.cos(w)) for a, w in zip(radii, angles, strict=True)]
+        return "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in corners) + "z"
     return f"M{-r:.1f},0a{r:.1f},{r:.1f} 0 1 0 {2 * r:.1f},0a{r:.1f},{r:.1f} 0 1 0 {-2 * r:.1f},0z"
 
 
-def _labelled(scale: _Scale, number: NumberFormat, at: Sequence[float]) -> tuple[Tick, ...]:
+def _labelled(scale: Scale, number: NumberFormat, at: Sequence[float]) -> tuple[Tick, ...]:
     """The ticks, with as many more decimals than the column's as it takes to write them exactly."""
     factor = 100 if number.percent else 1
     exact = (d for d in range(4) if all(abs(round(t * factor, d) - t * factor) < 1e-9 for t in at))
     finer = replace(number, decimals=max(number.decimals, next(exact, 4)))
     return tuple(Tick(scale(t), finer(t)) for t in at)
+
+
+def _relative_ticks(scale: Scale) -> tuple[Tick, ...]:
+    """Gains and losses relative to base in percent, those nearest to base first, where there is room."""
+    assert scale.centre is not None
+    found: list[Tick] = []
+    for share in sorted(LOSSES, key=abs):
+        value = scale.centre + share * abs(scale.centre)
+        if scale.low <= value <= scale.high:
+            at = scale(value)
+            if all(abs(at - t.at) >= 18 for t in found):
+                found.append(Tick(at, "base" if not share else NumberFormat(0, True).signed(share)))
+    return tuple(sorted(found, key=lambda t: t.at))
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
@@ -260,25 +320,50 @@ class _Box:
 
 
 def _labels(
-    series: Sequence[Series], marks: Sequence[Mark], left: float, right: float, top: float, bottom: float
+    series: Sequence[Series],
+    front: frozenset[str],
+    marks: Sequence[Mark],
+    frame: _Box,
+    arrow: _Box,
 ) -> list[Label]:
-    """Names beside their curves: each takes the place, around any of its points, that covers least."""
-    taken = [_Box(m.x - m.radius, m.y - m.radius, m.x + m.radius, m.y + m.radius) for m in marks]
-    taken += [_Box(m.cross[0], m.y - 1, m.cross[1], m.y + 1) for m in marks if m.cross]
-    taken += [_Box(m.x - 1, m.cross[2], m.x + 1, m.cross[3]) for m in marks if m.cross]
-    frame = _Box(left, top, right, bottom)
-    labels = []
-    for s in series:
+    """Names beside their curves, as many as have room: no label covers another, the arrow or many marks.
+
+    Methods on the front come first, and may cover marks; then base, the others in their order, controls
+    last. The key names all.
+    """
+    dots = [_Box(m.x - m.radius, m.y - m.radius, m.x + m.radius, m.y + m.radius) for m in marks]
+    leading = {m.series.name for m in marks if m.point.row in front}
+    order = sorted(series, key=lambda s: (s.name not in leading, s.control and s.name != "base"))
+    labels: list[Label] = []
+    taken = [arrow]
+    for s in order:
         own = [m for m in marks if m.series is s]
-        if not own:
-            continue
-        text = s.name if len(s.name) <= 24 else s.name[:23] + "…"
+        text = clipped(s.name, 24)
         width = len(text) * CHARACTER
-        places = [(p, _cost(p[2], taken, frame) + 4 * i) for i, p in enumerate(_places(own, width))]
-        (x, anchor, box), _ = min(places, key=lambda place: place[1])
-        taken.append(box)
-        labels.append(Label(text, round(x, 1), round(box.y1 - 3.5, 1), anchor, s.colour, s.control))
+        places = [
+            (_covered(place[2], dots, frame) + 0.03 * i, place)
+            for i, place in enumerate(_places(own, width))
+            if not any(place[2].overlap(t) for t in taken)
+        ]
+        cost, place = min(places, key=lambda found: found[0], default=(math.inf, None))
+        if place is not None and (cost < MOST_COVERED or s.name in leading):
+            x, anchor, box = place
+            taken.append(_Box(box.x0 - 5, box.y0, box.x1 + 5, box.y1))
+            labels.append(Label(text, round(x, 1), round(box.y1 - 3.5, 1), anchor, s.colour, s.control))
     return labels
+
+
+MOST_COVERED = 0.6
+"""The cost of a label's place, in shares of its area, beyond which the name is left to the legend."""
+
+
+def clipped(text: str, length: int) -> str:
+    """The text, its end cut where it is longer.
+
+    >>> clipped("random-pruning", 8)
+    'random-…'
+    """
+    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def _places(own: Sequence[Mark], width: float) -> list[tuple[float, str, _Box]]:
@@ -295,10 +380,11 @@ def _places(own: Sequence[Mark], width: float) -> list[tuple[float, str, _Box]]:
     return found
 
 
-def _cost(box: _Box, taken: Sequence[_Box], frame: _Box) -> float:
+def _covered(box: _Box, dots: Sequence[_Box], frame: _Box) -> float:
+    """What a label covers of the marks and what of it lies outside, as a share of its area."""
     area = (box.x1 - box.x0) * (box.y1 - box.y0)
     outside = area - box.overlap(frame)
-    return sum(box.overlap(t) for t in taken) + 5 * outside
+    return (2 * sum(box.overlap(dot) for dot in dots) + 5 * outside) / area
 
 
 # --- dose and response ----------------------------------------------------------------------------
@@ -355,6 +441,10 @@ class Panel:
     lines: tuple[DrawnLine, ...]
     doses: tuple[int, ...] = field(default=())
     by: str = "number of copies"
+    key: tuple[tuple[str, int], ...] = ()
+    """Names and colours to tell lines of more than one method apart by."""
+    beyond: tuple[str, ...] = ()
+    """What lies beyond the scale."""
 
 
 def panel(
@@ -371,8 +461,8 @@ def panel(
     left, right, top, bottom = 30.0, width - 8.0, 8.0, height - 24.0
     everything = [*lines, *([base] if base else [])]
     doses = sorted({p.dose for line in everything for p in line.points})
-    sx = _Scale(math.log2(doses[0]) - 0.2, math.log2(doses[-1]) + 0.2, left, right)
-    sy = _Scale(bottom_value, top_value, bottom, top)
+    sx = Scale(math.log2(doses[0]) - 0.2, math.log2(doses[-1]) + 0.2, left, right)
+    sy = Scale(bottom_value, top_value, bottom, top)
 
     def draw(line: DoseLine) -> DrawnLine:
         dots = tuple((sx(math.log2(p.dose)), sy(min(p.value, top_value))) for p in line.points)
@@ -383,7 +473,7 @@ def panel(
     return Panel(
         title, colour, width, height, left, right, top, bottom,
         tuple(Tick(sx(math.log2(d)), str(d)) for d in shown),
-        tuple(Tick(sy(t), percent(t)) for t in ticks(bottom_value, top_value, 2)),
+        tuple(Tick(sy(t), percent(t)) for t in ticks(bottom_value, top_value, 4 if bottom_value else 2)),
         draw(base) if base else None,
         _band(base, sx, sy, top_value) if base else "",
         tuple(draw(line) for line in lines),
@@ -392,7 +482,7 @@ def panel(
     )  # fmt: skip
 
 
-def _band(line: DoseLine, sx: _Scale, sy: _Scale, top_value: float) -> str:
+def _band(line: DoseLine, sx: Scale, sy: Scale, top_value: float) -> str:
     whole = [(p.dose, p.low, p.high) for p in line.points if p.low is not None and p.high is not None]
     if len(whole) < 2:
         return ""

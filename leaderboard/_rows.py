@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
+from lethebench.attack.record import AttackRecord, made_key, read_attack
 from lethebench.errors import UserError
 from lethebench.row import Row, read_row
 
@@ -23,15 +24,16 @@ class InvalidRowWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Entry:
-    """A row and the folder that holds its images and per-image table."""
+    """A row, the folder that holds its images and per-image table, and the attacks on it."""
 
     row: Row
     folder: Path
+    attacks: tuple[AttackRecord, ...] = ()
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A file below the runs folder that could not be shown as a row, and why. ``path`` is relative to it."""
+    """A file below the runs folder that could not be shown, and why. ``path`` is relative to it."""
 
     path: str
     reason: str
@@ -46,9 +48,9 @@ class Results:
 
 
 def scan(runs: Path) -> Results:
-    """Read every row below ``runs``. Never raises for a bad row: it becomes a :class:`Problem`."""
+    """Read every row below ``runs`` and the attacks on it. A bad file becomes a :class:`Problem`."""
     entries: dict[tuple[str, str, str, str], Entry] = {}
-    problems = []
+    problems: list[Problem] = []
     read = [(path, _read(path)) for path in _row_files(runs)]
     for path, row in sorted(read, key=lambda found: (not _in_place(*found), found[0])):
         where = path.relative_to(runs).as_posix()
@@ -58,7 +60,9 @@ def scan(runs: Path) -> Results:
             first = entries[row.key].folder.relative_to(runs).as_posix()
             problems.append(Problem(where, f"the row {' / '.join(row.key)} is already given by {first}"))
         else:
-            entries[row.key] = Entry(row, path.parent)
+            attacks, bad = _attacks(row, path.parent, runs)
+            entries[row.key] = Entry(row, path.parent, attacks)
+            problems += bad
     problems.sort(key=lambda p: p.path)
     return Results(tuple(entries[k] for k in sorted(entries)), tuple(problems))
 
@@ -75,6 +79,38 @@ def _read(path: Path) -> Row | str:
     except OSError as error:
         return f"row.json can't be read: {type(error).__name__}"
     return row
+
+
+def _attacks(row: Row, folder: Path, runs: Path) -> tuple[tuple[AttackRecord, ...], list[Problem]]:
+    """The records beside a row, by file, and why others are not shown."""
+    found, problems = [], []
+    made = made_key(folder) if row.status == "ok" else None
+    for path in sorted((folder / "attacks").glob("*.json")):
+        record = _attack(path, row, made)
+        if isinstance(record, str):
+            problems.append(Problem(path.relative_to(runs).as_posix(), record))
+        else:
+            found.append(record)
+    return tuple(found), problems
+
+
+def _attack(path: Path, row: Row, made: str | None) -> AttackRecord | str:
+    """The record, or why there is none."""
+    try:
+        record = read_attack(path)
+        record.to_json()
+    except UserError as error:
+        return str(error).replace(str(path), path.name)
+    except ValueError:
+        return f"{path.name} holds a number that is not finite"
+    except OSError as error:
+        return f"{path.name} can't be read: {type(error).__name__}"
+    named = (f"{record.suite.name}@{record.suite.version}", record.model, record.method, record.setting)
+    if named != row.key:
+        return f"an attack on another row: {' / '.join(named)}"
+    if record.row_key != made:
+        return "an attack on another result than the row that lies here: run it again"
+    return record
 
 
 def _in_place(path: Path, row: Row | str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lethebench.leaderboard import _format as fmt
 from lethebench.leaderboard._plot import DoseLine, DosePoint, Panel, panel
@@ -11,6 +11,9 @@ from lethebench.row import Row
 
 FRECHET = ("fd_mini", "fid")
 """The first of these that base has is drawn beside adherence (the paper draws FID and the CLIP score)."""
+
+ROOM = 0.02
+"""The scale shows at least this much below and above base, before its margins."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class Section:
 def section(rows: Sequence[Row], adherence: str, colours: Mapping[str, int]) -> Section | None:
     """The section of a board; None where no method was run at two numbers of targets.
 
-    Methods that are given no targets are drawn as level lines, one a setting.
+    Methods that are given no targets are drawn as level lines, one a setting. The scale is that of the swept
+    methods: a level line beyond it is named, with its value, not drawn.
     """
     base = next((r for r in rows if r.method == "base" and r.status == "ok"), None)
     swept = _swept(rows)
@@ -36,33 +40,37 @@ def section(rows: Sequence[Row], adherence: str, colours: Mapping[str, int]) -> 
     ]
     panels, table = [], []
     for name in (adherence, *(n for n in FRECHET if n in base.scores)):
-        drawn: list[tuple[str, DoseLine]] = []
-        for (method, setting), found in swept.items():
-            points = [p for n, row in found if (p := _point(row, base, name, n)) is not None]
-            drawn.append((method, DoseLine(f"{method} {setting}", tuple(points), colour=colours[method])))
-        for row in untargeted:
-            level = [p for n in numbers if (p := _point(row, base, name, n)) is not None]
-            name_of = f"{row.method} {row.setting}"
-            drawn.append((row.method, DoseLine(name_of, tuple(level), 0.5, colours[row.method])))
-        kept = [(m, line) for m, line in drawn if line.points]
-        values = [v for _, line in kept for p in line.points for v in (p.value, 1.0)]
-        if values:
-            room = 0.05 * (max(values) - min(values)) or 0.05
-            ones = DoseLine("base", tuple(DosePoint(n, 1.0, None, None) for n in numbers))
-            shown = [line for _, line in kept]
-            panels.append(
-                panel(
-                    f"{name} / base",
-                    0,
-                    ones,
-                    shown,
-                    max(values) + room,
-                    max(0.0, min(values) - room),
-                    "number of targets",
-                )
-            )
-            table += [(name, m, line.name.removeprefix(f"{m} "), _cells(line)) for m, line in kept]
+        curves = [
+            (method, DoseLine(f"{method} {setting}", _points(found, base, name), colour=colours[method]))
+            for (method, setting), found in swept.items()
+        ]
+        levels = [
+            (row.method, DoseLine(f"{row.method} {row.setting}", at, 0.5, colours[row.method]))
+            for row in untargeted
+            if (at := _points([(n, row) for n in numbers], base, name))
+        ]
+        curves = [(method, line) for method, line in curves if line.points]
+        if curves:
+            panels.append(_panel(name, curves, levels, numbers))
+            table += [(name, m, x.name.removeprefix(f"{m} "), _cells(x)) for m, x in (*curves, *levels)]
     return Section(tuple(panels), tuple(table)) if panels else None
+
+
+_Named = Sequence[tuple[str, DoseLine]]
+
+
+def _panel(name: str, curves: _Named, levels: _Named, numbers: Sequence[int]) -> Panel:
+    """One plot, its scale that of the curves with a margin of half its height on either side."""
+    values = [p.value for _, line in curves for p in line.points]
+    low, high = min(*values, 1 - ROOM), max(*values, 1 + ROOM)
+    low, high = max(0.0, low - (high - low) / 2), high + (high - low) / 2
+    inside = [(m, line) for m, line in levels if low <= line.points[0].value <= high]
+    beyond = [f"{x.name} {fmt.percent(x.points[0].value)}" for m, x in levels if (m, x) not in inside]
+    ones = DoseLine("base", tuple(DosePoint(n, 1.0, None, None) for n in numbers))
+    shown = [*curves, *inside]
+    drawn = panel(f"{name} / base (%)", 0, ones, [line for _, line in shown], high, low, "number of targets")
+    key = dict.fromkeys((m, line.colour or 0) for m, line in shown)
+    return replace(drawn, key=tuple(key), beyond=tuple(beyond))
 
 
 def _swept(rows: Sequence[Row]) -> dict[tuple[str, str], list[tuple[int, Row]]]:
@@ -82,6 +90,10 @@ def _competes(row: Row) -> bool:
 
 def _overridden(row: Row) -> bool:
     return "," in row.setting
+
+
+def _points(found: Sequence[tuple[int, Row]], base: Row, name: str) -> tuple[DosePoint, ...]:
+    return tuple(p for n, row in found if (p := _point(row, base, name, n)) is not None)
 
 
 def _point(row: Row, base: Row, name: str, number: int) -> DosePoint | None:

@@ -7,6 +7,7 @@ says. ``python tests/made_runs.py FOLDER`` writes one to look at.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -161,6 +162,34 @@ METHODS: tuple[Made, ...] = (
     ),
 )
 SECOND: tuple[Made, ...] = (METHODS[0], *METHODS[5:8])
+
+
+@dataclass(frozen=True)
+class Found:
+    """What an invented attack got out of a row: shares of the items, net of nothing."""
+
+    attack: str
+    memorized: float
+    control: float
+    by: str = "the tests"
+    how: str = "Adam on the prompt embedding, noise and timestep drawn anew each step"
+
+
+PLAIN_CONTROL = 0.04
+ATTACKED: dict[tuple[str, str], tuple[Found, ...]] = {
+    ("base", "default"): (Found("embedding", 0.94, 0.20),),
+    ("oracle", "default"): (Found("embedding", 0.21, 0.20),),
+    ("uniforget", "weak"): (Found("embedding", 0.60, 0.50),),
+    ("uniforget", "strong"): (Found("embedding", 0.66, 0.20), Found("seeds", 0.15, 0.05)),
+    ("nemo", "strong"): (Found("embedding", 0.92, 0.21), Found("paraphrase", 0.31, 0.04)),
+    ("wen", "strong"): (Found("embedding", 0.94, 0.19),),
+    ("ca+uniforget", "strong"): (Found("embedding", 0.25, 0.21),),
+    ("ecodiff", "strong"): (Found("seeds", 0.48, 0.05),),
+    (EVIL, "default"): (Found("seeds", 0.7, 0.05, EVIL_TEXT, EVIL_TEXT),),
+}
+"""Attacks by row: ``uniforget strong`` hides, ``ca+uniforget strong`` removes, ``uniforget weak`` draws
+more without the attack than an attack gets, ``uniforget medium`` was not attacked.
+"""
 
 
 def world() -> list[Item]:
@@ -497,6 +526,56 @@ def _cost(made: Made) -> dict[str, Any]:
     }
 
 
+def made_key(made: Made, model: str) -> str:
+    """``key`` of the row's ``made.json``."""
+    return hashlib.sha256(f"{model}/{made.method}/{made.setting}".encode()).hexdigest()
+
+
+def attack(made: Made, found: Found, suite: tuple[str, str], model: str, n: int = 80) -> dict[str, Any]:
+    """The attack's record as JSON holds it."""
+    plain = 0.8 * made.keeps + PLAIN_CONTROL
+    excess = found.memorized - found.control
+    hidden = excess - (plain - PLAIN_CONTROL)
+    return {
+        "schema": "lethe/attack/1",
+        "suite": {"name": suite[0], "version": suite[1]},
+        "model": model,
+        "method": made.method,
+        "setting": made.setting,
+        "row_key": made_key(made, model),
+        "attack": found.attack,
+        "by": found.by,
+        "how": found.how,
+        "budget": {"images": 8, "steps": 50, "learning_rate": 0.1},
+        "score": "planted_truth.near_copy",
+        "memorized": _share(found.memorized, n),
+        "control": _share(found.control, n),
+        "plain": _share(plain, n),
+        "plain_control": _share(PLAIN_CONTROL, n),
+        "excess": _paired(excess, n),
+        "hidden": _paired(hidden, n),
+        "kinds": {"verbatim": _share(found.memorized, n // 2)},
+        "facts": {},
+        "seconds": 400.0,
+        "provenance": _provenance(made),
+    }
+
+
+def _share(value: float, n: int) -> dict[str, Any]:
+    half = 1.96 * math.sqrt(max(value * (1 - value), 0.01) / n)
+    return {"value": value, "low": max(0.0, value - half), "high": min(1.0, value + half), "n": n}
+
+
+def _paired(value: float, n: int) -> dict[str, Any]:
+    half = 1.96 * math.sqrt(0.3 / n)
+    return {
+        "value": value,
+        "low": value - half,
+        "high": value + half,
+        "p": 0.01 if abs(value) > half else 0.4,
+    }
+
+
 def _provenance(made: Made) -> dict[str, Any]:
     return {
         "git_commit": "0123456789abcdef0123456789abcdef01234567",
@@ -536,9 +615,14 @@ def write(
         if own is not None:
             own.to_parquet(folder / "images.parquet", index=False)
             _write_images(made, items, own, folder / "images")
+            (folder / "made.json").write_text(json.dumps({"key": made_key(made, model)}))
         (folder / "row.json").write_text(
             json.dumps(row(made, suite, model, own, base), indent=2, sort_keys=True)
         )
+        for found in ATTACKED.get((made.method, made.setting), ()):
+            (folder / "attacks").mkdir(exist_ok=True)
+            record = attack(made, found, suite, model)
+            (folder / "attacks" / f"{found.attack}.json").write_text(json.dumps(record))
     return runs
 
 

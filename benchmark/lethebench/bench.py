@@ -226,8 +226,8 @@ def _fit_waves(jobs: Sequence[Job]) -> list[list[list[Job]]]:
     return [list(waves[number].values()) for number in sorted(waves)]
 
 
-def _row_name(job: Job) -> tuple[tuple[str, ...], tuple[str, ...], tuple[tuple[str, Any], ...]]:
-    return job.specs, job.strengths, job.overrides
+def _row_name(job: Job) -> tuple[tuple[str, ...], tuple[str, ...], str]:
+    return job.specs, job.strengths, repr(job.overrides)  # an override may be a list
 
 
 def _family(model: str) -> str:
@@ -485,9 +485,9 @@ def _write_references(base: RowPlan, runs: Path) -> None:
                 temporary.replace(path)
 
 
-def report_failures(outcome: Outcome) -> None:
+def report_failures(failures: Sequence[Failure]) -> None:
     """One line to stderr for each failed job; raises RunError if there were any."""
-    for failure in outcome.failures:
+    for failure in failures:
         print(f"lethe: {failure.job} failed: {failure.error}", file=sys.stderr)
-    if outcome.failures:
-        raise RunError(f"{len(outcome.failures)} jobs failed; the other rows are complete")
+    if failures:
+        raise RunError(f"{len(failures)} jobs failed; the other rows are complete")

@@ -124,7 +124,7 @@ def _bench(
         runtime=Runtime(device=device, dtype=_dtype(dtype), threads=_threads(threads, workers)),
         until=until,
     )
-    return outcome, lambda: report_failures(outcome)
+    return outcome, lambda: report_failures(outcome.failures)
 
 
 @app.command(epilog="Example: lethe bench uniforget --suite planted --strength all")
@@ -251,6 +251,52 @@ def compare(
         print_comparison(first, second, found)
 
 
+@app.command(epilog="Example: lethe attack uniforget/strong --attack dori")
+def attack(
+    row: Annotated[str, typer.Argument(help="METHOD/SETTING, a row's folder, METHOD (its rows), or 'all'.")],
+    suite: SuiteName = "planted",
+    model: ModelName = None,
+    runs: Runs = Path("runs"),
+    attacks: Annotated[
+        list[str] | None,
+        typer.Option("--attack", help="An attack, or path.py:Class; may be repeated. Default: every one."),
+    ] = None,
+    by: Annotated[
+        str, typer.Option(help="Who attacks, for the record; default: this version of Lethe.")
+    ] = "",
+    engine: EngineName = "local",
+    workers: Workers = 1,
+    threads: Threads = 0,
+    site: Annotated[Path | None, typer.Option(help="Write the leaderboard page there afterwards.")] = None,
+    json_: Json = False,
+) -> None:
+    """Try to get out of a row what its mitigation removed, and out of its twins what was never there."""
+    from lethebench.attack._run import attack as run_attacks
+    from lethebench.attack._run import print_attacked
+    from lethebench.bench import report_failures
+
+    found = run_attacks(
+        row,
+        suite=suite,
+        model=model,
+        runs=runs,
+        attacks=attacks or (),
+        by=by,
+        engine_name=engine,
+        workers=workers,
+        threads=_threads(threads, workers),
+    )
+    if site is not None:
+        from lethebench.leaderboard import build
+
+        build(runs, site)
+    if json_:
+        print(json.dumps([r.model_dump(mode="json", by_alias=True) for r in found.records]))
+    else:
+        print_attacked(found)
+    report_failures(found.failures)
+
+
 @app.command(epilog="Example: lethe leaderboard --runs runs --out site")
 def leaderboard(
     runs: Runs = Path("runs"),
@@ -264,12 +310,12 @@ def leaderboard(
     print(build(runs, out))
 
 
-KINDS = ("methods", "metrics", "prompt-sets", "models", "suites")
+KINDS = ("methods", "metrics", "prompt-sets", "models", "suites", "attacks")
 
 
 @app.command("list", epilog="Example: lethe list methods --json")
 def list_(
-    what: Annotated[str, typer.Argument(help="methods, metrics, prompt-sets, models or suites.")],
+    what: Annotated[str, typer.Argument(help="methods, metrics, prompt-sets, models, suites or attacks.")],
     json_: Json = False,
 ) -> None:
     """List what is registered, built in or from plugins; a plugin that fails to import with its error."""
@@ -289,7 +335,7 @@ def list_(
 
 @app.command(epilog="Example: lethe info prompt-set planted")
 def info(
-    what: Annotated[str, typer.Argument(help="method, metric, prompt-set, model or suite.")],
+    what: Annotated[str, typer.Argument(help="method, metric, prompt-set, model, suite or attack.")],
     name: Annotated[str, typer.Argument(help="Its name.")],
     json_: Json = False,
     sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet of a prompt set as PNG.")] = None,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lethebench.errors import UserError
-from lethebench.registry import METHODS, METRICS, MODELS, PROMPT_SETS, Registry
+from lethebench.registry import ATTACKS, METHODS, METRICS, MODELS, PROMPT_SETS, Registry
 from lethebench.specs import load_suite, suite_names
 
 REGISTRIES: dict[str, Registry[Any]] = {
@@ -16,6 +16,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "metrics": METRICS,
     "prompt-sets": PROMPT_SETS,
     "models": MODELS,
+    "attacks": ATTACKS,
 }
 
 
@@ -42,6 +43,8 @@ def _facts(what: str, item: Any) -> dict[str, Any]:
         }
     if what == "metrics":
         facts |= {"scores": [s.name for s in item.scores], "needs": sorted(item.needs)}
+    if what == "attacks":
+        facts |= {"knowledge": item.knowledge}
     if what == "models":
         facts |= {"family": item.family, "builtin": item.builtin}
     return facts
@@ -57,6 +60,8 @@ def info(what: str, name: str) -> dict[str, Any]:
         found |= _method(item)
     elif what == "metric":
         found |= _metric(item)
+    elif what == "attack":
+        found |= {"citation": item.citation, "settings": _settings(item)}
     elif what == "model":
         found |= {f.name: getattr(item, f.name) for f in dataclasses.fields(item)}
     else:

@@ -265,7 +265,7 @@ class RowPlan:
         return {
             "what": "row",
             "schema": SCHEMA,
-            "suite": self.suite.model_dump(mode="json", exclude={"metrics", "also", "fit"}),
+            "suite": self.suite.model_dump(mode="json", exclude={"metrics", "also", "fit", "attack"}),
             "model": self.model,
             "setting": self.recipe.setting,
             "scores": scores,

@@ -1,10 +1,10 @@
-"""Registries of methods, metrics, prompt sets and models.
+"""Registries of methods, metrics, prompt sets, models and attacks.
 
 A plugin registers itself with one line, ``@METHODS.register`` above its class, and is found
 
 - inside Lethe: by its place in a room (``methods/``, ``metrics/``, ...), no central list;
 - in an installed package: by an entry point in the group ``lethebench.methods`` (``.metrics``,
-  ``.prompt_sets``, ``.models``);
+  ``.prompt_sets``, ``.models``, ``.attacks``);
 - in a file: by ``./my_method.py:MyMethod`` wherever a name is accepted.
 
 A plugin that fails to import is listed with its error and breaks nothing else.
@@ -154,7 +154,13 @@ def source_sha256(item: Any) -> str:
     module = sys.modules[item.__module__ if hasattr(item, "__module__") else type(item).__module__]
     package = getattr(module, "__package__", "") or ""
     file = Path(inspect.getfile(module))
-    rooms = {"lethebench.methods", "lethebench.metrics", "lethebench.datasets", "lethebench"}
+    rooms = {
+        "lethebench.methods",
+        "lethebench.metrics",
+        "lethebench.datasets",
+        "lethebench.attack",
+        "lethebench",
+    }
     if package and package not in rooms and not module.__name__.startswith("lethe_plugin_"):
         files = sorted(file.parent.rglob("*.py"))
     else:
@@ -193,3 +199,6 @@ PROMPT_SETS: Registry[Any] = Registry(
     "prompt set", "lethebench.prompts:PromptSet", "lethebench.datasets", "lethebench.prompt_sets"
 )
 MODELS: Registry[Any] = Registry("model", "lethebench.zoo:ModelEntry", "lethebench.zoo", "lethebench.models")
+ATTACKS: Registry[Any] = Registry(
+    "attack", "lethebench.attack.base:Attack", "lethebench.attack", "lethebench.attacks"
+)

@@ -76,6 +76,21 @@ class Extra(Spec):
     set: dict[str, Any] = Field(default_factory=dict)
 
 
+class AttackSettings(Spec):
+    """What ``lethe attack`` tries on the suite's rows.
+
+    Items are memorized triggers whose never-trained twin the suite draws too; one prompt an item, taken from
+    the kinds by turns in an order drawn from the suite's key, so that a longer list contains the shorter.
+    """
+
+    items: int = Field(default=16, ge=2)
+    """At most this many, each with its twin."""
+    kinds: tuple[str, ...] = ()
+    min_duplicates: int | None = None
+    set: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Overrides of single attacks' settings, by attack name."""
+
+
 class Suite(Spec):
     """A frozen, versioned choice of model, prompts, sampler settings and metrics."""
 
@@ -98,6 +113,8 @@ class Suite(Spec):
     """Overrides of single methods' settings, by method name: frozen with the suite."""
     also: tuple[Extra, ...] = ()
     """What ``METHOD=all`` runs besides every registered method. No row depends on it."""
+    attack: AttackSettings | None = None
+    """How rows are attacked; None: they can't be. No row depends on it."""
 
     @field_validator("metrics")
     @classmethod

@@ -1,4 +1,4 @@
-"""The units of work that engines run: fit one method, generate one shard, score one shard.
+"""The units of work that engines run: fit one method, generate one shard, score one shard, attack one row.
 
 Each reads what it needs from the store and writes one entry to it. The same functions run in this
 process, in worker processes and on a cluster.
@@ -35,7 +35,7 @@ class Job:
     """One unit of work, as it travels to another process: names and numbers only."""
 
     what: str
-    """``fit`` (number: part), ``shard`` (number: shard) or ``scores`` (number: shard)."""
+    """``fit`` (number: part), ``shard`` (number: shard), ``scores`` (number: shard) or ``attack``."""
     number: int
     suite: Suite
     model: str
@@ -44,6 +44,8 @@ class Job:
     overrides: tuple[tuple[str, Any], ...]
     runtime: Runtime
     store: str
+    attack: str = ""
+    """Which attack, of a job that attacks."""
 
     @staticmethod
     def of(what: str, number: int, plan: RowPlan, store: Store) -> Job:
@@ -68,7 +70,7 @@ class Job:
         return RowPlan(self.suite, self.model, found[0], self.runtime)
 
     def __str__(self) -> str:
-        return f"{'+'.join(self.specs)}/{'+'.join(self.strengths)} {self.what} {self.number}"
+        return f"{'+'.join(self.specs)}/{'+'.join(self.strengths)} {self.what} {self.attack or self.number}"
 
 
 def perform(job: Job) -> None:
@@ -79,6 +81,10 @@ def perform(job: Job) -> None:
         fit_part(plan, job.number, store)
     elif job.what == "shard":
         generate_shard(plan, job.number, store)
+    elif job.what == "attack":
+        from lethebench.attack._trial import attack_row
+
+        attack_row(plan, job.attack, store)
     else:
         for metric in plan.suite.metrics:
             score_shard(plan, job.number, metric, store)

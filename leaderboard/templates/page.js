@@ -29,7 +29,7 @@ class Board {
 
   reset() {
     this.key = null; this.descending = false; this.query = ""; this.families = new Set(); this.sees = new Set();
-    this.hidden = new Set(this.hiddenAtFirst); this.diffs = false; this.opened = new Set();
+    this.hidden = new Set(this.hiddenAtFirst); this.diffs = false; this.opened = new Set(); this.picked = new Set();
   }
 
   listen() {
@@ -50,6 +50,21 @@ class Board {
       row.addEventListener("pointerleave", () => this.heat(row.id, false));
     }
     for (const mark of all(".mark", this.section)) this.listenMark(mark);
+    for (const pick of all(".pick", this.section)) this.listenPick(pick);
+  }
+
+  listenPick(pick) {
+    const names = pick.dataset.series === undefined ? pick.dataset.all.split("\n") : [pick.dataset.series];
+    const area = pick.closest("tr");
+    area.addEventListener("pointerenter", () => this.light(names));
+    area.addEventListener("pointerleave", () => this.light());
+    pick.addEventListener("focus", () => this.light(names));
+    pick.addEventListener("blur", () => this.light());
+    pick.addEventListener("click", () => {
+      const off = names.every((n) => this.picked.has(n));
+      for (const n of names) if (off) this.picked.delete(n); else this.picked.add(n);
+      this.show();
+    });
   }
 
   listenMark(mark) {
@@ -114,8 +129,16 @@ class Board {
 
   point(mark, on) {
     one(`#${CSS.escape(mark.dataset.row)}`).classList.toggle("hot", on);
-    for (const part of all("[data-series]", mark.ownerSVGElement)) {
-      part.classList.toggle("dim", on && part.dataset.series !== mark.dataset.series);
+    this.light(on ? [mark.dataset.series] : undefined);
+  }
+
+  /* The plot's methods that stand out: those pointed at, else those picked, else all alike. */
+  light(names = [...this.picked]) {
+    for (const svg of all(".scatter svg", this.section)) {
+      svg.classList.toggle("lit", names.length > 0);
+      for (const part of all("[data-series]", svg)) {
+        part.classList.toggle("dim", names.length > 0 && !names.includes(part.dataset.series));
+      }
     }
   }
 
@@ -134,6 +157,8 @@ class Board {
     press("group", (x) => !this.hidden.has(x));
     press("diff", () => this.diffs);
     for (const b of all("[data-group]", this.section)) this.table.classList.toggle(`hide-${b.dataset.group}`, this.hidden.has(b.dataset.group));
+    for (const p of all(".pick[data-series]", this.section)) p.setAttribute("aria-pressed", String(this.picked.has(p.dataset.series)));
+    this.light();
     this.table.classList.toggle("diffs", this.diffs);
     this.table.classList.toggle("flat", this.key !== null);
     const input = one("input[type=search]", this.section);
@@ -199,6 +224,7 @@ class Board {
     list("show", [...this.hiddenAtFirst].filter((g) => !this.hidden.has(g)));
     if (this.diffs) params.set("diff", "1");
     list("open", [...this.opened]);
+    list("pick", [...this.picked]);
   }
 
   read(params) {
@@ -214,6 +240,8 @@ class Board {
     for (const g of known("group", list("hide"))) this.hidden.add(g);
     for (const g of list("show")) this.hidden.delete(g);
     this.diffs = params.get("diff") === "1";
+    const drawn = new Set(all(".pick[data-series]", this.section).map((p) => p.dataset.series));
+    this.picked = new Set(list("pick").filter((n) => drawn.has(n)));
     this.opened = new Set(list("open").filter((id) => this.rows.some((r) => r.id === id)));
   }
 }

@@ -323,6 +323,29 @@ def test_rows_of_failures_only_have_a_page(few: Callable[..., Path]) -> None:
     assert "out of memory at step 12" in build(runs, runs.parent / "site").read_text(encoding="utf-8")
 
 
+def test_key_names_every_method_of_the_plot_by_family(whole: Board) -> None:
+    found = {heading: [k.method for k in lines] for _, heading, lines in whole.key}
+    assert list(found) == ["Change the weights (solid)", "Act while sampling (dashed)", "Controls"]
+    assert found["Act while sampling (dashed)"] == ["wen"]
+    assert set(found["Controls"]) == {"base", "oracle", "blank", "random-tokens"}
+    plotted = {m.series.name for m in (whole.plot or pytest.fail("no plot"))[0].marks}
+    assert {m for methods in found.values() for m in methods} == plotted
+    areas = [c.method for c in whole.curves if c.method in found["Change the weights (solid)"]]
+    assert found["Change the weights (solid)"] == [*areas, EVIL], "flagged in every setting: no curve"
+
+
+def test_what_rows_record_alike_of_their_metrics_stands_once(few: Callable[..., Path]) -> None:
+    runs = few(BASE, WEAK)
+    path = next(runs.glob("*/*/uniforget/weak/row.json"))
+    data = json.loads(path.read_text())
+    data["metrics"]["fbmem"]["risk"] = 0.25
+    path.write_text(json.dumps(data))
+    found = board(runs)
+    assert json.loads(found.metrics_text)["fbmem"] == {"threshold": 0.8, "version": "1"}
+    assert json.loads(found.methods[0].metrics_text) == {"fbmem": {"risk": 0.25}}
+    assert found.controls[0].metrics_text == ""
+
+
 @pytest.mark.parametrize("name", ["_format", "_rows", "_plot", "_build"])
 def test_doctests(name: str) -> None:
     module = importlib.import_module(f"{board_module.__package__}.{name}")

@@ -205,6 +205,72 @@ def test_a_mark_of_the_plot_opens_its_row_by_keyboard(browser: Browser, site: Pa
     assert focused == row
 
 
+def lit(browser: Browser) -> set[str]:
+    """The methods that stand out on the shown plot."""
+    script = f"return [...document.querySelectorAll('{SHOWN} svg.wide .mark:not(.dim)')].map(m => m.dataset.series)"
+    return set(browser.js(script))
+
+
+def test_the_key_makes_a_method_stand_out(browser: Browser, site: Path) -> None:
+    browser.open(site)
+    everything = lit(browser)
+    assert {"base", "uniforget", "nemo", "wen"} < everything
+    nemo = browser.driver.find_element("css selector", f'{SHOWN} .pick[data-series="nemo"]')
+    browser.js("arguments[0].focus()", nemo)
+    assert lit(browser) == {"nemo"}
+    browser.js("arguments[0].blur()", nemo)
+    assert lit(browser) == everything
+    nemo.send_keys(" ")
+    assert nemo.get_attribute("aria-pressed") == "true" and state(browser)["pick"] == ["nemo"]
+    press(browser, '.pick[data-series="wen"]')
+    browser.js("document.activeElement.blur()")
+    assert lit(browser) == {"nemo", "wen"}
+    browser.open(site, "#" + urlsplit(browser.driver.current_url).fragment)
+    assert lit(browser) == {"nemo", "wen"}
+    family = browser.driver.find_element("xpath", "//button[text()='Act while sampling (dashed)']")
+    browser.js("arguments[0].focus()", family)
+    assert lit(browser) == {"wen"}
+    assert browser.complaints() == []
+
+
+@pytest.mark.parametrize(("width", "size"), [(375, "narrow"), (1280, "wide")])
+def test_removed_or_hidden_is_drawn_and_told(browser: Browser, site: Path, width: int, size: str) -> None:
+    browser.open(site, width=width)
+    drawn = [
+        e.get_attribute("class")
+        for e in browser.driver.find_elements("css selector", f"{SHOWN} .dumbbells svg")
+        if e.is_displayed()
+    ]
+    assert drawn == [size]
+    inside = f"""
+      const svg = document.querySelector('{SHOWN} .dumbbells svg.{size}'), box = svg.getBoundingClientRect();
+      return [...svg.querySelectorAll('text, circle')].every(e => {{
+        const r = e.getBoundingClientRect();
+        return r.left >= box.left - 8 && r.right <= box.right + 8 && r.bottom <= box.bottom + 4; }});"""
+    assert browser.js(inside)
+    table = browser.driver.find_element("css selector", f"{SHOWN} .verdicts")
+    assert table.is_displayed()
+    lines = browser.js(
+        "return [...arguments[0].tBodies[0].rows].map(r => [...r.cells].slice(0, 3).map(c => c.textContent))",
+        table,
+    )
+    assert ["uniforget", "strong", "hides"] in lines
+    assert ["ca+uniforget", "strong", "not told apart"] in lines
+
+
+def test_attacks_stand_in_the_row_and_sort_the_table(browser: Browser, site: Path) -> None:
+    browser.open(site)
+    press(browser, "tr[id^=uniforget-strong] .open")
+    table = browser.driver.find_element("css selector", f"{SHOWN} tr[id^=uniforget-strong] + tr .attacks")
+    texts = browser.js("return [...arguments[0].tBodies[0].rows].map(r => r.textContent)", table)
+    assert len(texts) == 2 and texts[0].startswith("embedding") and "the tests" in texts[0]
+    assert "hides" in texts[0] and "steps 50" in texts[0] and table.is_displayed()
+    press(browser, 'th[data-key="best_known"] button')
+    found = values(browser, "best_known")
+    numbers = [v for v in found if v is not None]
+    assert len(numbers) == 7 and numbers == sorted(numbers) and found[-1] is None
+
+
 def test_the_table_works_by_keyboard(browser: Browser, site: Path) -> None:
     browser.open(site)
     button = browser.driver.find_element("css selector", f'{SHOWN} th[data-key="fbmem.vm"] button')
@@ -235,6 +301,8 @@ def test_the_page_reads_without_scripts(browser: Browser, site: Path) -> None:
         rows = browser.driver.find_elements("css selector", "tr.row")
         assert rows[0].is_displayed()
         assert browser.driver.find_element("css selector", "tr.drawer").is_displayed()
+        assert browser.driver.find_element("css selector", ".key .pick .dot").is_displayed()
+        assert browser.driver.find_element("css selector", ".dumbbells svg.wide").is_displayed()
     finally:
         browser.driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
 

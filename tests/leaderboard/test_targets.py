@@ -63,6 +63,24 @@ def test_values_are_relative_to_base(base):
     assert {n for n, _ in found.lines[1][3]} == {1, 12} and "0.90" in found.lines[1][3][0][1]
 
 
+def test_the_scale_is_that_of_the_swept_methods_and_names_what_lies_beyond(base):
+    start = base.scores[ADHERENCE].value
+    rows = [
+        base,
+        made(base, "uce", "medium,count=1", start, clusters=1),
+        made(base, "uce", "medium,count=12", start * 0.9, clusters=12),
+        made(base, "wanda", "weak", start * 0.99, knowledge=("neutral-prompts",)),
+        made(base, "ecodiff", "strong", start * 3, knowledge=("neutral-prompts",)),
+    ]
+    found = section(rows, ADHERENCE, {"uce": 1, "wanda": 2, "ecodiff": 3})
+    (panel,) = found.panels
+    assert [line.line.name for line in panel.lines] == ["uce medium", "wanda weak"]
+    assert panel.key == (("uce", 1), ("wanda", 2)) and panel.beyond == ("ecodiff strong 300.0 %",)
+    heights = [y for line in panel.lines for _, y in line.dots]
+    assert max(heights) - min(heights) > 0.3 * (panel.bottom - panel.top), "the curve fills the scale"
+    assert ("ecodiff", "strong") in {line[1:3] for line in found.lines}, "the table has all"
+
+
 @pytest.mark.parametrize(
     "rows",
     [

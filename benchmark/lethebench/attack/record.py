@@ -78,19 +78,24 @@ def read_attacks(folder: Path) -> list[AttackRecord]:
     paths = sorted((folder / "attacks").glob("*.json"))
     if not paths:
         return []
+    key = made_key(folder)
+    return [record for path in paths if (record := read_attack(path)).row_key == key]
+
+
+def read_attack(path: Path) -> AttackRecord:
+    """One record. Raises UserError naming the file and the first thing that is wrong with it."""
     try:
-        key = json.loads((folder / "made.json").read_text())["key"]
-    except (OSError, ValueError, KeyError):
-        return []
-    found = []
-    for path in paths:
-        try:
-            record = AttackRecord.model_validate_json(path.read_text())
-        except ValidationError as error:
-            raise UserError(f"{path} is not a valid attack record: {first_error(error)}") from error
-        if record.row_key == key:
-            found.append(record)
-    return found
+        return AttackRecord.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise UserError(f"{path} is not a valid attack record: {first_error(error)}") from error
+
+
+def made_key(folder: Path) -> str | None:
+    """``key`` of the ``made.json`` beside a row: which result lies there. None where there is none."""
+    try:
+        return str(json.loads((folder / "made.json").read_text())["key"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def best_known(records: Sequence[AttackRecord]) -> AttackRecord | None:

@@ -1,0 +1,270 @@
+"""One attack on one row: the tries of every item and its twin are drawn, labelled and stored."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lethebench.attack._items import Item, attack_settings, chosen_items, unseen_index
+from lethebench.attack.base import Attack, Attempt, Subject, Try, configure_attack
+from lethebench.errors import RunError, UserError
+from lethebench.hooks import Conditioning, ImageKey, SamplerHooks
+from lethebench.method import identity_of
+from lethebench.metric import Metric, Score, Shard
+from lethebench.plan import RowPlan, prompt_set
+from lethebench.provenance import code_sha256
+from lethebench.registry import ATTACKS, source_sha256
+from lethebench.specs import MetricSpec, Suite
+from lethebench.store import Store, digest
+from lethebench.work import columns_frame, fit_part, known_frame, loaded_model, read_artefact
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lethebench.prompts import Prompt
+    from lethebench.specs import SamplerSettings
+    from lethebench.zoo import Model
+
+TABLE, FACTS = "images.parquet", "attack.json"
+COPY = 0.5
+"""An image is a copy where the score's value of it is at least this: labels are 0 or 1."""
+PICTURED = 4
+"""Items, each with its twin, of which a picture is kept."""
+POINTS = 20
+"""Points of a loss curve that are kept."""
+
+
+def make_attack(name: str, suite: Suite) -> Attack:
+    """The attack of that name (or at ``path.py:Class``) with the suite's settings of it. Raises UserError."""
+    cls = ATTACKS.get(name)
+    return configure_attack(cls, attack_settings(suite).set.get(cls.name, {}))
+
+
+def copy_score(plan: RowPlan) -> tuple[MetricSpec, Metric, Score]:
+    """The suite's suppression score, by which an image is a copy or not. Raises UserError for other kinds."""
+    from lethebench.stats import is_mean
+
+    wanted = plan.suite.suppression.score
+    for spec, metric in zip(plan.suite.metrics, plan.metrics, strict=True):
+        for score in metric.all_scores():
+            if score.name != wanted:
+                continue
+            if score.unit != "share" or score.direction != "lower" or not is_mean(metric, score):
+                raise UserError(
+                    f"suppression score {wanted} is no share of copies among images: rows can't be attacked"
+                )
+            return spec, metric, score
+    raise UserError(f"suite {plan.suite.key} has no metric that gives its suppression score {wanted}")
+
+
+def attack_key(plan: RowPlan, attack: Attack) -> dict[str, Any]:
+    """All that determines what an attack finds: model, fits and labels through the row's first shard."""
+    asked = [p for item in chosen_items(plan) for p in (item.prompt, item.twin)]
+    return {
+        "what": "attack",
+        "attack": [attack.name, identity_of(attack), source_sha256(type(attack))],
+        "scores": digest(plan.scores_key(0, copy_score(plan)[0])),
+        "asked": [[p.id, p.text, list(p.references)] for p in asked],
+        "unseen": unseen_index(plan),
+        "code": code_sha256(*(f"attack/{name}.py" for name in ("_items", "_trial", "_embeddings", "base"))),
+    }
+
+
+def attack_row(plan: RowPlan, name: str, store: Store) -> Path:
+    """Attack the row unless the store holds the result; the entry's folder. Fits what the store lacks.
+
+    The entry holds a table with one image a row (``item`` is the memorized prompt's id, ``copy`` the
+    label), facts, and a few pictures.
+    """
+    attack = make_attack(name, plan.suite)
+    key = attack_key(plan, attack)
+    found = store.find("attack", key)
+    if found is not None:
+        return found
+    started, began = _now(), time.perf_counter()
+    items = chosen_items(plan)
+    artefacts = [read_artefact(fit_part(plan, part, store)) for part in range(len(plan.recipe.parts))]
+    model = loaded_model(plan.model, plan.runtime.device, plan.runtime.dtype)
+    prompts, sampler = prompt_set(plan.suite.prompt_set), plan.suite.sampler
+    asked = [p for item in items for p in (item.prompt, item.twin)]
+    with plan.recipe.apply(model, artefacts) as hooks:
+        subject = Subject(model, sampler, prompts, plan.suite.key, unseen_index(plan))
+        attempts = attack.attempts(subject, asked)
+        _require_equal_budgets(attack, asked, attempts)
+        pairs = [(p, t) for p, a in zip(asked, attempts, strict=True) for t in a.tries]
+        drawn = draw(plan, model, pairs, hooks)
+    table = _labelled(plan, items, pairs, drawn)
+    facts = {
+        "started": started,
+        "seconds": time.perf_counter() - began,
+        "images": len(attempts[0].tries),
+        "losses": _curves(attempts),
+        "provenance": _provenance(plan, attack, started),
+    }
+
+    def write(folder: Path) -> None:
+        table.to_parquet(folder / TABLE, index=False)
+        shown = _pictured(items, table)
+        for file, at in shown.items():
+            (folder / file).write_bytes(_png(drawn.images[at]))
+        (folder / FACTS).write_text(json.dumps({**facts, "pictures": list(shown)}, sort_keys=True))
+
+    return store.put("attack", key, write)
+
+
+def _require_equal_budgets(attack: Attack, asked: Sequence[Prompt], attempts: Sequence[Attempt]) -> None:
+    budgets = {len(a.tries) for a in attempts}
+    if len(attempts) != len(asked) or len(budgets) != 1 or 0 in budgets:
+        raise RunError(
+            f"attack '{attack.name}' made {len(attempts)} attempts of {sorted(budgets)} tries for "
+            f"{len(asked)} prompts: it must make one a prompt, with the same number of tries"
+        )
+
+
+# --- draw -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Offsets(SamplerHooks):
+    """Puts the attack's embeddings in place, before the method's hooks act on them.
+
+    Rows without an offset keep the conditioning of the text as the method changed it.
+    """
+
+    model: Model
+    sampler: SamplerSettings
+    tries: tuple[Try, ...]
+
+    def conditioning(self, conditioning: Conditioning, keys: tuple[ImageKey, ...]) -> Conditioning:
+        from lethebench.unlearning import encode
+
+        rows = [i for i, t in enumerate(self.tries) if t.offset is not None]
+        if not rows:
+            return conditioning
+        own = encode(self.model, [k.prompt.text for k in keys], self.sampler)
+        embeds = conditioning.embeds.clone()
+        pooled = None if conditioning.pooled is None else conditioning.pooled.clone()
+        for row in rows:
+            offset = self.tries[row].offset
+            assert offset is not None
+            embeds[row] = own.embeds[row] + offset.to(own.embeds)
+            if pooled is not None and own.pooled is not None:
+                pooled[row] = own.pooled[row]
+        return replace(conditioning, embeds=embeds, pooled=pooled)
+
+
+def draw(
+    plan: RowPlan, model: Model, pairs: Sequence[tuple[Prompt, Try]], hooks: Sequence[SamplerHooks]
+) -> Shard:
+    """The images of tries, each of its prompt, under the hooks of a method that is in place."""
+    from lethebench.sampler import sample
+
+    _, metric, _ = copy_score(plan)
+    size, parts = plan.suite.batch_size, []
+    keys = [
+        ImageKey(plan.suite.key, p if t.text is None else replace(p, text=t.text), t.index) for p, t in pairs
+    ]
+    for start in range(0, len(pairs), size):
+        own = _Offsets(model, plan.suite.sampler, tuple(t for _, t in pairs[start : start + size]))
+        recorder = metric.recorder() if metric.records else None
+        recorders = [] if recorder is None else [recorder]
+        parts.append(
+            sample(
+                model,
+                keys[start : start + size],
+                plan.suite.sampler,
+                [own, *hooks],
+                recorders=recorders,
+                batch_size=size,
+            )
+        )
+    return Shard(
+        images=np.concatenate([p.images for p in parts]),
+        prompts=tuple(k.prompt for k in keys),
+        indices=tuple(k.index for k in keys),
+        prompt_set=prompt_set(plan.suite.prompt_set),
+        latents=np.concatenate([p.latents for p in parts]),
+        noise_norm=np.concatenate([p.noise_norm for p in parts]),
+        recorded={name: np.concatenate([p.recorded[name] for p in parts]) for name in parts[0].recorded},
+    )
+
+
+# --- label ----------------------------------------------------------------------------------------
+
+
+def _labelled(
+    plan: RowPlan, items: Sequence[Item], pairs: Sequence[tuple[Prompt, Try]], drawn: Shard
+) -> pd.DataFrame:
+    """One line an image: what is known of it, the metric's columns, ``item`` and ``copy``."""
+    import pandas as pd
+
+    _, metric, score = copy_score(plan)
+    asked = tuple(p for p, _ in pairs)
+    columns = metric.measure(replace(drawn, prompts=asked))
+    keys = [ImageKey(plan.suite.key, p, i) for p, i in zip(drawn.prompts, drawn.indices, strict=True)]
+    table = pd.concat([known_frame(keys), columns_frame(columns, len(pairs), metric.name)], axis=1)
+    item_of = {p.id: item.prompt.id for item in items for p in (item.prompt, item.twin)}
+    table["item"] = [item_of[p.id] for p in asked]
+    table["copy"] = copies(table[score.column].to_numpy(dtype=float), score)
+    return table
+
+
+def copies(values: Any, score: Score) -> Any:
+    """Which images are copies by their values of the score. Raises RunError where one has no value."""
+    if np.isnan(values).any():
+        raise RunError(
+            f"{score.name} has no value of an attacked image: the items need references it can use"
+        )
+    return values >= COPY
+
+
+def _curves(attempts: Sequence[Attempt]) -> dict[str, list[float]]:
+    """Mean loss by step over items and over twins, each at most :data:`POINTS` means of consecutive steps."""
+    sides = {"memorized": attempts[0::2], "control": attempts[1::2]}
+    if len({len(a.losses) for a in attempts}) > 1:
+        return {}
+    means = {name: np.array([a.losses for a in side]).mean(0) for name, side in sides.items()}
+    return {
+        name: [float(part.mean()) for part in np.array_split(curve, min(POINTS, len(curve)))]
+        for name, curve in means.items()
+        if len(curve)
+    }
+
+
+def _pictured(items: Sequence[Item], table: pd.DataFrame) -> dict[str, int]:
+    """Pictures of the first items and twins by file name: the first copy, else the first image."""
+    found = {}
+    for number, item in enumerate(items[:PICTURED]):
+        for side, prompt in (("memorized", item.prompt), ("control", item.twin)):
+            rows = table.index[table["prompt_id"] == prompt.id]
+            copied = [r for r in rows if table["copy"][r]]
+            found[f"{number}-{side}.png"] = int((copied or list(rows))[0])
+    return found
+
+
+def _png(image: Any) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _provenance(plan: RowPlan, attack: Attack, started: str) -> dict[str, Any]:
+    from lethebench.bench import _provenance as of_row
+
+    made = of_row(plan, started, _now())
+    sources = {**made.plugin_sha256, attack.name: source_sha256(type(attack))}
+    return made.model_copy(update={"plugin_sha256": sources}).model_dump(mode="json")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
