@@ -72,13 +72,13 @@ def turns(batch: Batch, scale: float) -> Tensor:
 def transition_steps(turns: Tensor) -> Tensor:
     """The released code's choice of a step among the local minima of ``turns`` ``[B, steps]``: int ``[B]``.
 
-    The first; the second where the first is step 1 and there are more; a tenth of the steps where there is
-    none (released code: step 5 of 50).
+    The first; the second where the first is step 1 and there are more; a tenth of the steps, one at least,
+    where there is none (released code: step 5 of 50).
     """
     inner = turns[:, 1:-1]
     least = (inner < turns[:, :-2]) & (inner < turns[:, 2:])
     found = [[i + 1 for i, here in enumerate(row) if here] for row in least.tolist()]
-    none = round(turns.shape[1] / 10)
+    none = max(1, round(turns.shape[1] / 10))
     chosen = [steps[1] if steps[:1] == [1] and len(steps) > 1 else (steps or [none])[0] for steps in found]
     return turns.new_tensor(chosen).long()
 

@@ -40,7 +40,8 @@ class WordRepeat(Method):
     """Repeats random words of every prompt at random places of it.
 
     "Caption word repetition" of Somepalli et al. 2023 (``rand_word_repeat`` of their ``sd_mitigation.py``):
-    a word is drawn from the prompt as it was given, so that a repeated word is no likelier to come again.
+    a word is drawn from the prompt as it was given, so that a repeated word is no likelier to come again. In
+    a prompt that fills the tokenizer the repeated word may be cut off, or push other words out.
     """
 
     repeats: int = setting(

@@ -110,6 +110,9 @@ def recipes(
     """
     specs = tuple(spec.split("+"))
     classes = [METHODS.get(s) for s in specs]
+    twice = [c.name for i, c in enumerate(classes) if c in classes[:i]]
+    if twice:
+        raise UserError(f"method '{twice[0]}' is named twice in '{spec}': a composition has each method once")
     if classes[0].follows:
         raise UserError(
             f"method '{classes[0].name}' works on what others changed: name one before it, "

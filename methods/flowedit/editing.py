@@ -157,6 +157,10 @@ class Editing(Method):
         from lethebench.unlearning.targets import require_targets
 
         require_targets(self.targets, self.count)
+        if self.prompt and not self.prompt.strip():
+            raise ValueError(
+                "prompt is blank: give a neutral prompt, or leave it empty for each target's own"
+            )
         if self.steps is not None and not 1 <= self.steps <= TRAINING_TIMES:
             raise ValueError(f"steps is between 1 and {TRAINING_TIMES}, not {self.steps}")
 

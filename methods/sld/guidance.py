@@ -49,7 +49,9 @@ class SafetyGuidance(SamplerHooks):
         if batch.conditioning.negative is None:
             raise UserError("sld needs classifier-free guidance: set the sampler's guidance_scale above 1")
         texts = [concept_of(t, self._words, self._text) for t in batch.texts]
-        self._concept = replace(encode_prompts(batch.model, texts, batch.settings), negative=None)
+        # What earlier hooks marked the prompt with (ren's mask, nemo's neurons) holds for the concept too.
+        concept = encode_prompts(batch.model, texts, batch.settings)
+        self._concept = replace(concept, negative=None, extra=batch.conditioning.extra)
         self._nu = torch.zeros_like(batch.noise)
         steps = batch.settings.num_inference_steps
         self._begin = self.settings.warmup * steps / PAPER_STEPS

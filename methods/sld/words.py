@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import string
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,12 +35,12 @@ def choose(settings: SLD, task: Task) -> Artefact:
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text in lower case, without the punctuation around them.
+    """The words of a text in lower case: letters and digits, without what stands between or around them.
 
-    >>> words_of("Dozzux, a plain pink rocket")
-    ['dozzux', 'a', 'plain', 'pink', 'rocket']
+    >>> words_of("Dozzux, a captain's pink-red rocket")
+    ['dozzux', 'a', 'captain', 's', 'pink', 'red', 'rocket']
     """
-    return [w for part in text.lower().split() if (w := part.strip(string.punctuation))]
+    return re.findall(r"\w+", text.lower())
 
 
 def distinguishing_words(targets: Sequence[Target]) -> list[str]:

@@ -73,6 +73,14 @@ BROKEN = {
         "strengths = {'a': {'y': 0.1}, 'b': {'y': 0.2}, 'c': {'y': 0.3}}\n"
         "def fit(self, task):\n    import torch\n    return Artefact({'t': torch.tensor(self.y)})"
     ),
+    "shared_fits_are_equal#facts": (
+        "y: float = setting(0.0, 'how far', applied=True)\n"
+        "strengths = {'a': {'x': 1}, 'b': {'x': 2, 'y': 0.2}, 'c': {'x': 2, 'y': 0.3}}\n"
+        "def fit(self, task):\n    return Artefact({}, {'y': self.y})"
+    ),
+    "fit_is_deterministic#facts": (
+        "def fit(self, task):\n    import time\n    return Artefact({}, {'t': time.perf_counter_ns()})"
+    ),
     "artefact_round_trips": "def fit(self, task):\n    return Artefact({}, {'shape': (1, 2)})",
     "base_is_restored": (
         "@contextmanager\ndef apply(self, model, artefact):\n"
@@ -97,6 +105,15 @@ BROKEN = {
         "    class Hooks(SamplerHooks):\n"
         "        def initial_noise(self, latents, keys):\n            return latents + 1e-6\n"
         "    yield Hooks()"
+    ),
+    "base_is_restored#processors": (
+        "@contextmanager\ndef apply(self, model, artefact):\n"
+        "    from diffusers.models.attention_processor import AttnProcessor\n"
+        "    model.denoiser.set_attn_processor(AttnProcessor())\n    yield SamplerHooks()"
+    ),
+    "base_is_restored#gradients": (
+        "@contextmanager\ndef apply(self, model, artefact):\n"
+        "    model.denoiser.requires_grad_(True)\n    yield SamplerHooks()"
     ),
     "base_draws_as_before": (
         "@contextmanager\ndef apply(self, model, artefact):\n"
@@ -127,10 +144,10 @@ class Broken(Method):
 
 @pytest.mark.parametrize("check", BROKEN)
 def test_a_check_finds_what_it_is_for(tmp_path: Path, subjects, check: str) -> None:
-    path = tmp_path / f"broken_{check}.py"
+    path = tmp_path / f"broken_{check.replace('#', '_')}.py"
     path.write_text(SOURCE.format(body=textwrap.indent(BROKEN[check], "    ")))
     with pytest.raises(AssertionError):
-        checks()[check](Subject(f"{path}:Broken", _fresh(), prompt_set("planted")))
+        checks()[check.partition("#")[0]](Subject(f"{path}:Broken", _fresh(), prompt_set("planted")))
 
 
 def _fresh():

@@ -74,7 +74,7 @@ def same_random_states(before: Mapping[str, object]) -> None:
 
 
 def model_state(model: Any) -> dict[str, Any]:
-    """A model's parameters, hooks and modes, to be compared by :func:`same_model`."""
+    """A model's parameters, hooks, processors and modes, to be compared by :func:`same_model`."""
     import torch
 
     found: dict[str, Any] = {}
@@ -84,6 +84,8 @@ def model_state(model: Any) -> dict[str, Any]:
             hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in part.modules())
             found[f"{name} hooks"] = hooks
             found[f"{name} training"] = part.training
+            found[f"{name} gradients"] = [p.requires_grad for p in part.parameters()]
+            found[f"{name} processors"] = [getattr(m, "processor", None) for m in part.modules()]
     return found
 
 

@@ -179,6 +179,20 @@ def check_fit_is_deterministic(subject: Subject) -> None:
     assert first.tensors.keys() == second.tensors.keys(), "two fits give different tensors"
     for name, tensor in first.tensors.items():
         assert torch.equal(tensor, second.tensors[name]), f"two fits differ in tensor '{name}'"
+    _same_facts(first, second, "two fits differ in fact '{}'")
+
+
+def _same_facts(first: Artefact, second: Artefact, message: str) -> None:
+    """Raise AssertionError where facts differ, but for what is under a key ``timing``."""
+    one, other = _untimed(first.facts), _untimed(second.facts)
+    for name in sorted(one.keys() | other.keys()):
+        assert repr(one.get(name)) == repr(other.get(name)), message.format(name)
+
+
+def _untimed(facts: Any) -> Any:
+    if not isinstance(facts, dict):
+        return facts
+    return {name: _untimed(value) for name, value in facts.items() if name != "timing"}
 
 
 def check_shared_fits_are_equal(subject: Subject) -> None:
@@ -186,18 +200,21 @@ def check_shared_fits_are_equal(subject: Subject) -> None:
     import torch
 
     seen: dict[str, Artefact] = {}
-    for strength in subject.cls.strengths:
-        method = configure(subject.cls, strength, subject.cls.quick)
-        key = repr(sorted(fitted_settings(method).items()))
-        if key not in seen and strength == next(iter(subject.cls.strengths)):
-            seen[key] = subject.artefact
-        elif key in seen:
-            again = subject.fit(method)
+    methods = {s: configure(subject.cls, s, subject.cls.quick) for s in subject.cls.strengths}
+    keys = [repr(sorted(fitted_settings(method).items())) for method in methods.values()]
+    for (strength, method), key in zip(methods.items(), keys, strict=True):
+        found = subject.artefact if method == subject.method else None
+        if key in seen:
+            told = (
+                f"strength '{strength}' shares its fit with another (they differ in settings declared "
+                "`applied` alone), but the fits differ in '{}': fit must not read such settings"
+            )
+            again = found or subject.fit(method)
             for name, tensor in seen[key].tensors.items():
-                assert torch.equal(tensor, again.tensors[name]), (
-                    f"strength '{strength}' shares its fit with another (they differ in settings declared "
-                    f"`applied` alone), but the fits differ in '{name}': fit must not read such settings"
-                )
+                assert torch.equal(tensor, again.tensors[name]), told.format(name)
+            _same_facts(seen[key], again, told)
+        elif keys.count(key) > 1:
+            seen[key] = found or subject.fit(method)
 
 
 def check_artefact_round_trips(subject: Subject) -> None:

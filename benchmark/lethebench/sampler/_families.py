@@ -97,11 +97,14 @@ class Adapter:
         distinct = list(dict.fromkeys(texts))
         rows = torch.tensor([distinct.index(t) for t in texts], device=self.model.device)
         found = self._batched(self._embed(distinct), lambda x: x[rows])
-        negative = None
-        if self.guided:
-            negative = self._batched(self._unconditional(), lambda x: x[torch.zeros_like(rows)])
-            negative = replace(negative, extra=self._extra(negative))
+        negative = self.unconditional(len(texts)) if self.guided else None
         return replace(found, extra=self._extra(found), negative=negative)
+
+    def unconditional(self, count: int) -> Conditioning:
+        """What stands for no prompt under classifier-free guidance, for ``count`` images."""
+        rows = torch.zeros(count, dtype=torch.long, device=self.model.device)
+        found = self._batched(self._unconditional(), lambda x: x[rows])
+        return replace(found, extra=self._extra(found))
 
     @staticmethod
     def _batched(conditioning: Conditioning, change: Callable[[Tensor], Tensor]) -> Conditioning:

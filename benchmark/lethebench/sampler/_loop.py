@@ -100,10 +100,10 @@ def prepare(model: Model, keys: Sequence[ImageKey], settings: SamplerSettings) -
 
 
 def unconditional(batch: Batch) -> Conditioning:
-    """The empty prompt's conditioning for a batch, whether or not the model samples with guidance."""
+    """What stands for no prompt in a batch (the empty prompt; zeros for SDXL), with or without guidance."""
     if batch.conditioning.negative is not None:
         return batch.conditioning.negative
-    return adapter_for(batch.model, batch.settings).encode([""] * len(batch.keys))
+    return adapter_for(batch.model, batch.settings).unconditional(len(batch.keys))
 
 
 def decode(model: Model, latents: Tensor) -> Tensor:
