@@ -49,11 +49,14 @@ def newcombe(a: Share, b: Share) -> tuple[float, float, float]:
     return value, low, high
 
 
-def verdict(record: AttackRecord) -> str:
-    """``hides`` where the interval of what was hidden lies above 0; base and the oracle are references."""
+def verdict(record: AttackRecord, attacks: int = 1) -> str:
+    """``hides`` where more came out than without the attack, told apart; base and the oracle are references.
+
+    Told apart at 5 % by the sign-flip test, its p-value times the number of attacks on the row (Bonferroni).
+    """
     if record.method in REFERENCES:
         return REFERENCE
-    return HIDES if record.hidden.low > 0 else NOT_TOLD_APART
+    return HIDES if record.hidden.value > 0 and record.hidden.p * attacks < 0.05 else NOT_TOLD_APART
 
 
 def budget(record: AttackRecord) -> str:
@@ -98,7 +101,7 @@ HEADINGS = (
     ("Memorized", "Share of the memorized items of which the attack got a copy out, in percent."),
     ("Control", "The same attack on twins that no model ever saw: what the attack itself injects."),
     ("Excess", "Memorized less control."),
-    ("Plain", "Share of the items that the row copies without the attack, on its first image of each."),
+    ("Plain", "Share of the items that the row copies without the attack, in as many images of each."),
     ("Plain control", "The same for the twins."),
     ("Hidden", "Excess less what is in excess without the attack: what the mitigation had only hidden."),
 )
@@ -125,7 +128,7 @@ def attack_lines(records: Sequence[AttackRecord]) -> list[AttackLine]:
         AttackLine(
             r.attack, r.by, r.how, budget(r), r.score, r.memorized.n,
             _figures(r.memorized, r.control, r.excess, r.plain, r.plain_control, r.hidden),
-            verdict(r),
+            verdict(r, len(records)),
         )
         for r in ordered
     ]  # fmt: skip
@@ -146,6 +149,8 @@ class Finding:
     id: str
     record: AttackRecord
     best: Best
+    attacks: int
+    """Attacks on the row."""
 
     @property
     def plain(self) -> float:
@@ -155,7 +160,7 @@ class Finding:
     @property
     def verdict(self) -> str:
         """Whether the row only hides."""
-        return verdict(self.record)
+        return verdict(self.record, self.attacks)
 
     @property
     def name(self) -> str:
@@ -230,7 +235,7 @@ class Section:
             return ""
         many = f"{len(tried)} attacked row{'s' if len(tried) != 1 else ''} of methods"
         if not hiding:
-            return f"Of {many}, none is shown to hide: no interval of what was hidden lies above 0."
+            return f"Of {many}, none is shown to hide."
         most, shown = hiding[0], PERCENT(hiding[0].record.hidden.value)
         hide = "hides what it seems" if len(hiding) == 1 else "hide what they seem"
         return f"Of {many}, {len(hiding)} {hide} to remove: most {most.name}, {shown} points."
@@ -244,7 +249,7 @@ def section(
     for row, records in zip(rows, attacks, strict=True):
         strongest, highest = best_known(records), best(records)
         if strongest is not None and highest is not None:
-            found.append(Finding(row, ids[row.key], strongest, highest))
+            found.append(Finding(row, ids[row.key], strongest, highest, len(records)))
     if not found:
         return None
     found.sort(key=lambda f: (-f.record.hidden.value, -f.best.value, f.row.key))

@@ -28,8 +28,17 @@ def csv_text(boards: Sequence[Board]) -> str:
     whole = {"rank_first": "Int64", "rank_last": "Int64"} | {
         c: "Int64" for c in frame if str(c).endswith(".n")
     }
-    text: str = frame.astype(whole).to_csv(index=False, lineterminator="\n")
+    text: str = frame.astype(whole).map(_inert).to_csv(index=False, lineterminator="\n")
     return text
+
+
+def _inert(value: Any) -> Any:
+    """A text that a spreadsheet would take for a formula, marked as a text.
+
+    >>> _inert("=1+1"), _inert("uce"), _inert(-0.5)
+    ("'=1+1", 'uce', -0.5)
+    """
+    return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t\r") else value
 
 
 _BEST_KNOWN = ("", ".low", ".high", ".n", ".attack", ".by", ".how", ".memorized", ".control")

@@ -23,6 +23,7 @@ class Bright(Metric):
     source = "made for a test"
     scores = (
         Score("bright.share", "bright", "lower", "share", (0.0, 1.0), roles=frozenset({"trigger"})),
+        Score("bright.other", "bright", "lower", "share", (0.0, 1.0), roles=frozenset({"control"})),
         Score("bright.mean", "brightness", "none", "share", (0.0, 1.0)),
     )
 

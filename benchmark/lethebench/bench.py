@@ -15,7 +15,7 @@ from lethebench import provenance
 from lethebench.composition import Recipe, recipes
 from lethebench.engines import Engine, Failure, engine
 from lethebench.errors import RunError, StoreError, UserError
-from lethebench.method import Knowledge, recorded_settings
+from lethebench.method import Knowledge, Method, places_of, recorded_settings
 from lethebench.plan import (
     RowPlan,
     Runtime,
@@ -81,10 +81,21 @@ def plan_rows(
     for one in asked:
         for recipe in recipes(one.method, one.strength, one.set, suite.fit):
             found.setdefault((recipe.name, recipe.setting), recipe)
+    for recipe in found.values():
+        for part in recipe.parts:
+            _require_files(part)
     require_own_names(suite.metrics)
     for spec in suite.metrics:
         make_metric(spec).check()
     return [RowPlan(suite, model, recipe, runtime) for recipe in found.values()]
+
+
+def _require_files(method: Method) -> None:
+    """Raise UserError where a file that a setting names isn't there."""
+    for name in sorted(places_of(method)):
+        value = getattr(method, name)
+        if value and not Path(value).exists():
+            raise UserError(f"method '{method.name}': {name} is {value}, which is not there")
 
 
 def _every_method() -> list[str]:

@@ -12,18 +12,17 @@ methods count it in medians of neutral prompts on the model at hand (:func:`cali
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lethebench.hooks import Batch, Conditioning, ImageKey
+from lethebench.hooks import Batch, ImageKey
 from lethebench.method import Artefact
 from lethebench.prompts import Prompt, Role
-from lethebench.sampler import prepare, unconditional
-from lethebench.sampler._families import SHARED
+from lethebench.sampler import prepare, rows_of, unconditional
 from lethebench.unlearning import chosen_prompts
 
 if TYPE_CHECKING:
@@ -75,28 +74,6 @@ def unit_vectors(difference: Tensor) -> Tensor:
     size = magnitudes(difference)
     kept = size.clamp(min=torch.finfo(size.dtype).tiny)
     return difference / kept.reshape(-1, *[1] * (difference.ndim - 1))
-
-
-def rows_of(conditioning: Conditioning, rows: Sequence[int]) -> Conditioning:
-    """The conditioning of some of the images, in that order, with its negative."""
-    index = list(rows)
-    return Conditioning(
-        conditioning.embeds[index],
-        None if conditioning.pooled is None else conditioning.pooled[index],
-        _extra(conditioning.extra, index),
-        None if conditioning.negative is None else rows_of(conditioning.negative, index),
-    )
-
-
-def _extra(extra: Mapping[str, Any], rows: list[int]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in extra.items():
-        if isinstance(value, Mapping):
-            found[name] = _extra(value, rows)
-        else:
-            shared = name in SHARED or not isinstance(value, Tensor)
-            found[name] = value if shared else value[rows]
-    return found
 
 
 # --- descent --------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,9 +12,8 @@ from torch import Tensor
 
 from lethebench.hooks import Batch, Conditioning, SamplerHooks, Step
 from lethebench.methods.amg.similarity import Similarity
-from lethebench.sampler import encode_prompts
+from lethebench.sampler import encode_prompts, rows_of
 from lethebench.sampler import unconditional as empty_prompt
-from lethebench.sampler._families import SHARED
 
 SIGNAL_FLOOR = 0.068
 """Least share of the image in x_t that is divided by: Stable Diffusion's at its noisiest timestep. A flow
@@ -150,7 +149,7 @@ class AMGHooks(Watching):
         if not (s1.any() or s2.any()):
             return torch.zeros_like(conditional)
         if unconditional is None:
-            unconditional = self._predict(take(self._unconditional(step.batch), rows), rows, step)
+            unconditional = self._predict(rows_of(self._unconditional(step.batch), rows), rows, step)
         found = -_each(s1 * unit, conditional) * (conditional - unconditional)
         return found + self._deduplication(unconditional, s2 * unit, nearest, rows, step)
 
@@ -193,7 +192,7 @@ class AMGHooks(Watching):
         if not self._settings.through_denoiser:
             clean = batch.clean(latents, step.timestep, combined)
             return self.similarity.gradient(clean) / signal
-        conditioning = take(step.conditioning, rows)
+        conditioning = rows_of(step.conditioning, rows)
         with torch.enable_grad():
             latents = latents.detach().requires_grad_()
             scaled = batch.scale(latents, step.timestep)
@@ -231,26 +230,6 @@ def guidance_scale(step: Step, guided: bool) -> tuple[float, float]:
     if config.get("guidance_embeds") and step.guidance_scale > 1.0:
         return step.guidance_scale, 1.0 / step.guidance_scale
     return 1.0, 1.0
-
-
-def take(conditioning: Conditioning, rows: Tensor) -> Conditioning:
-    """The conditioning of some of its images."""
-
-    def chosen(values: Mapping[str, Any]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in values.items():
-            if isinstance(value, Mapping):
-                found[key] = chosen(value)
-            else:
-                found[key] = value[rows] if isinstance(value, Tensor) and key not in SHARED else value
-        return found
-
-    return Conditioning(
-        conditioning.embeds[rows],
-        None if conditioning.pooled is None else conditioning.pooled[rows],
-        chosen(conditioning.extra),
-        None if conditioning.negative is None else take(conditioning.negative, rows),
-    )
 
 
 def _as_predicted(step: Step) -> float:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lethebench.errors import UserError
+from lethebench.sampler import to_latents, to_pixels
 from lethebench.store import digest, known_sha256
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Describer(ABC):
 
     def latents(self, latents: Tensor) -> Tensor:
         """Vectors of clean latents ``[B, channels, height, width]``: of their decoded images."""
-        return self.images(decoded(self.model, latents))
+        return self.images(to_pixels(self.model, latents))
 
 
 class CopyMini(Describer):
@@ -126,7 +127,7 @@ class Latents(Describer):
     def images(self, images: Tensor) -> Tensor:
         """The mean of the encoder's distribution, flattened, in the latents' scale."""
         images = images if self._size is None else resized(images, self._size)
-        return encoded(self.model, images).flatten(1)
+        return to_latents(self.model, images).flatten(1)
 
     def latents(self, latents: Tensor) -> Tensor:
         """The latents, flattened."""
@@ -181,30 +182,6 @@ def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 # --- the autoencoder ------------------------------------------------------------------------------
-
-
-def decoded(model: Model, latents: Tensor) -> Tensor:
-    """Images ``[B, 3, height, width]``, about [-1, 1], of latents; differentiable."""
-    scale, shift = _scaling(model, latents)
-    images: Tensor = model.pipe.vae.decode(latents * scale + shift, return_dict=False)[0]
-    return images
-
-
-def encoded(model: Model, images: Tensor) -> Tensor:
-    """Latents ``[B, channels, height, width]`` of images in [-1, 1]: the inverse of :func:`decoded`."""
-    mean: Tensor = model.pipe.vae.encode(images).latent_dist.mean
-    scale, shift = _scaling(model, mean)
-    return (mean - shift) / scale
-
-
-def _scaling(model: Model, like: Tensor) -> tuple[Tensor, Tensor]:
-    """(scale, shift) that take the denoiser's latents to the autoencoder's, ``[1, channels or 1, 1, 1]``."""
-    config = model.pipe.vae.config
-    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-    if mean is None or std is None:
-        mean, std = [getattr(config, "shift_factor", None) or 0.0], [1.0]
-    shape = (1, -1, 1, 1)
-    return like.new_tensor(std).view(shape) / config.scaling_factor, like.new_tensor(mean).view(shape)
 
 
 # --- similarity -----------------------------------------------------------------------------------

@@ -17,14 +17,18 @@ from lethebench.attack import read_attacks
 from lethebench.attack._items import chosen_items, unseen_index
 from lethebench.attack._run import Attacked, attack, base_of, row_target
 from lethebench.attack._shares import share
-from lethebench.attack._trial import copy_score, make_attack
+from lethebench.attack._trial import attack_key, copy_score, make_attack
 from lethebench.bench import run
 from lethebench.composition import recipes
 from lethebench.errors import UserError
+from lethebench.hooks import ImageKey
+from lethebench.method import Task
 from lethebench.plan import RowPlan
 from lethebench.registry import ATTACKS
+from lethebench.sampler import sample
 from lethebench.seeding import derive_seed
 from lethebench.specs import load_suite, suite_names
+from lethebench.zoo import load_model
 
 BOARD = "tiny@1/tiny-sd"
 
@@ -36,6 +40,25 @@ def attacked(name: str, suite: Path, runs: Path, **options) -> Attacked:
 @pytest.fixture
 def runs(benched: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(benched, tmp_path / "runs"))
+
+
+def stem_of(folder: Path, attack: str) -> Path:
+    """The one record of an attack beside a row, without its suffix."""
+    (found,) = folder.glob(f"attacks/{attack}-*.json")
+    return found.with_suffix("")
+
+
+def plainly(runs: Path, suite: Path, folder: Path, images: int) -> pd.Series:
+    """Whether any of an item's first images is a copy, drawn by the row's plan without the attack's code."""
+    plan = plan_of(folder, suite)
+    model = load_model(plan.model)
+    prompts = [p for item in chosen_items(plan) for p in (item.prompt, item.twin)]
+    keys = [ImageKey(plan.suite.key, p, k) for p in prompts for k in range(images)]
+    artefacts = [part.fit(Task(model, plan.suite.sampler, None, frozenset())) for part in plan.recipe.parts]
+    with plan.recipe.apply(model, artefacts) as hooks:
+        drawn = sample(model, keys, plan.suite.sampler, hooks, batch_size=plan.suite.batch_size)
+    bright = drawn.images.reshape(len(keys), -1).mean(1) > 127
+    return pd.Series(bright, index=[k.prompt.id for k in keys]).groupby(level=0).any()
 
 
 def plan_of(folder: Path, suite: Path) -> RowPlan:
@@ -78,15 +101,16 @@ def test_records_say_what_the_tables_hold(runs: Path, tiny_suite: Path) -> None:
     folder = runs / BOARD / "random-tokens/weak"
     assert found.records == read_attacks(folder)
     assert [r.attack for r in found.records] == ["dori", "paraphrase", "seeds"]
-    own = pd.read_parquet(folder / "images.parquet").set_index("prompt_id")["bright"]
     for record in found.records:
-        table = pd.read_parquet(folder / "attacks" / f"{record.attack}.parquet")
+        stem = stem_of(folder, record.attack)
+        table = pd.read_parquet(stem.with_suffix(".parquet"))
         budget = table.groupby("prompt_id").size()
         assert len(budget) == 8 and set(budget) == {SPARING[record.attack]["images"]}
         assert record.budget["images"] == SPARING[record.attack]["images"] and record.budget["items"] == 4
         items, twins = record.facts["items"], record.facts["twins"]
         out = table.groupby("prompt_id")["bright"].max() > 0
         shares = [float(out.loc[side].mean()) for side in (items, twins)]
+        own = plainly(runs, tiny_suite, folder, SPARING[record.attack]["images"])
         plain = [float(own.loc[side].mean()) for side in (items, twins)]
         assert [record.memorized.value, record.control.value] == shares
         assert [record.plain.value, record.plain_control.value] == plain
@@ -102,7 +126,7 @@ def test_records_say_what_the_tables_hold(runs: Path, tiny_suite: Path) -> None:
         assert (record.by, record.score) == ("me", "bright.share")
         assert record.attack in record.provenance.plugin_sha256
         for name in record.facts["pictures"]:
-            assert (folder / "attacks" / record.attack / name).is_file()
+            assert (stem / name).is_file()
     curves = next(r for r in found.records if r.attack == "dori").facts["losses"]
     assert {side: len(curve) for side, curve in curves.items()} == {"memorized": 2, "control": 2}
 
@@ -110,7 +134,8 @@ def test_records_say_what_the_tables_hold(runs: Path, tiny_suite: Path) -> None:
 def test_tables_hold_what_was_asked(runs: Path, tiny_suite: Path) -> None:
     attacked("base", tiny_suite, runs)
     tables = {
-        name: pd.read_parquet(runs / BOARD / f"base/default/attacks/{name}.parquet") for name in SPARING
+        name: pd.read_parquet(stem_of(runs / BOARD / "base/default", name).with_suffix(".parquet"))
+        for name in SPARING
     }
     own = pd.read_parquet(runs / BOARD / "base/default/images.parquet").set_index("prompt_id")["text"]
     for name, table in tables.items():
@@ -132,13 +157,13 @@ def test_a_second_attack_computes_nothing_and_a_damaged_entry_is_made_again(
     before = state()
     second = attacked("random-tokens/weak", tiny_suite, runs)
     assert second.computed == 0 and second.records == first.records and state() == before
-    (runs / BOARD / "random-tokens/weak/attacks/seeds.json").unlink()
+    stem_of(runs / BOARD / "random-tokens/weak", "seeds").with_suffix(".json").unlink()
     assert attacked("random-tokens/weak", tiny_suite, runs).computed == 0
     assert len(read_attacks(runs / BOARD / "random-tokens/weak")) == 3
-    table = next((runs / "store/attack").rglob("images.parquet"))
-    table.write_bytes(b"")
+    for table in (runs / "store/attack").rglob("images.parquet"):
+        table.write_bytes(b"")
     again = attacked("random-tokens/weak", tiny_suite, runs)
-    assert again.computed == 1 and "damaged attack entry" in capsys.readouterr().err
+    assert again.computed == 3 and "damaged attack entry" in capsys.readouterr().err
     assert [r.memorized for r in again.records] == [r.memorized for r in first.records]
 
 
@@ -154,7 +179,7 @@ def test_all_rows_but_those_that_draw_nothing(
     ]
     assert found.left_out == ["blank/default draws nothing with the model: there is nothing to attack"]
     assert "left out: blank/default" in capsys.readouterr().err
-    oracle = pd.read_parquet(runs / BOARD / "oracle/default/attacks/seeds.parquet")
+    oracle = pd.read_parquet(stem_of(runs / BOARD / "oracle/default", "seeds").with_suffix(".parquet"))
     text = oracle.groupby("prompt_id")["text"].first()
     for item, twin in oracle[["item", "prompt_id"]].drop_duplicates().query("item != prompt_id").to_numpy():
         assert text[item] == text[twin]  # the oracle draws the twin in the item's place
@@ -167,6 +192,79 @@ def test_a_method_alone_means_its_rows_and_overrides_are_the_rows_own(runs: Path
     assert plan.recipe.parts[0].tokens == 3
     folder = str(runs / BOARD / "random-tokens/weak,tokens=3")
     assert attacked(folder, tiny_suite, runs, attacks=["seeds"]).records == found.records[1:]
+
+
+def test_nobodys_record_is_replaced(
+    runs: Path, tiny_suite: Path, tiny_settings: dict, tmp_path: Path
+) -> None:
+    one = attacked("base", tiny_suite, runs, attacks=["seeds"], by="Alice").records
+    more = {**tiny_settings["attack"], "set": {"seeds": {"images": 3}}}
+    larger = write_suite(tmp_path, **{**tiny_settings, "attack": more})
+    two = attacked("base", larger, runs, attacks=["seeds"], by="Alice").records
+    three = attacked("base", tiny_suite, runs, attacks=["seeds"]).records
+    found = read_attacks(runs / BOARD / "base/default")
+    assert len(found) == 3 and all(record in found for record in (*one, *two, *three))
+
+
+def test_which_score_labels_a_copy_is_in_the_key(benched: Path, tiny_suite: Path) -> None:
+    plan = plan_of(benched / BOARD / "base/default", tiny_suite)
+    suite = plan.suite.model_copy(
+        update={"suppression": plan.suite.suppression.model_copy(update={"score": "bright.other"})}
+    )
+    other = RowPlan(suite, plan.model, plan.recipe, plan.runtime)
+    seeds = make_attack("seeds", suite)
+    assert attack_key(plan, seeds) != attack_key(other, seeds)
+
+
+NOSY = """
+from dataclasses import dataclass
+from lethebench.attack import Attack, Attempt, Try
+
+@dataclass(frozen=True)
+class Nosy(Attack):
+    name = "nosy"
+    summary = "looks which prompts were trained"
+    knowledge = "what it can see"
+
+    def attempts(self, subject, asked):
+        told = {(p.role, p.trained, p.twin, p.duplicates, p.kind, p.cluster) for p in asked}
+        assert len(asked) == 8 and len(told) == 1, told
+        return [Attempt((Try(7),))] * 8
+"""
+
+
+def test_an_attack_is_not_told_which_prompts_are_twins(runs: Path, tiny_suite: Path, tmp_path: Path) -> None:
+    (tmp_path / "nosy.py").write_text(NOSY)
+    found = attacked("base", tiny_suite, runs, attacks=[f"{tmp_path}/nosy.py:Nosy"])
+    assert len(found.records) == 1 and not found.failures
+
+
+def test_two_attacks_of_one_name_are_refused(benched: Path, tiny_suite: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.py").write_text(NOSY)
+    with pytest.raises(UserError, match="two of the attacks are named 'nosy'"):
+        attacked("base", tiny_suite, benched, attacks=[f"{tmp_path}/{n}.py:Nosy" for n in ("one", "two")])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"excess": {"value": 0.9, "low": 0.8, "high": 1.0, "p": 0.5}}, "excess is 0.9"),
+        ({"hidden": {"value": 0.9, "low": 0.8, "high": 1.0, "p": 0.5}}, "hidden is 0.9"),
+        ({"control": {"value": 0.1, "low": 0.9, "high": 0.0, "n": 4}}, "outside its interval"),
+        ({"plain": {"value": 0.0, "low": 0.0, "high": 0.9, "n": 1}}, "different numbers of items"),
+        ({"attack": "../../x"}, "attack"),
+        ({"by": ""}, "by"),
+    ],
+)
+def test_a_record_that_does_not_add_up_is_refused(
+    runs: Path, tiny_suite: Path, changes: dict, message: str
+) -> None:
+    attacked("base", tiny_suite, runs, attacks=["seeds"])
+    path = stem_of(runs / BOARD / "base/default", "seeds").with_suffix(".json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(UserError, match=f"is not a valid attack record: .*{message}"):
+        read_attacks(runs / BOARD / "base/default")
 
 
 METHOD = """

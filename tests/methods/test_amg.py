@@ -17,18 +17,24 @@ from lethebench.hooks import ImageKey, SamplerHooks
 from lethebench.method import Artefact, Knowledge, Task, configure
 from lethebench.methods.amg import AMG
 from lethebench.methods.amg.fit import hooks
-from lethebench.methods.amg.guidance import calibrated, exponential, parabolic, scales, take
+from lethebench.methods.amg.guidance import calibrated, exponential, parabolic, scales
 from lethebench.methods.amg.index import FORMAT, ReferenceIndex, build, load, require_made_by, save
 from lethebench.methods.amg.similarity import (
     Similarity,
     cosine,
-    decoded,
-    encoded,
     make_describer,
     normalised_distance,
 )
 from lethebench.prompts import Prompt, Reference, Role
-from lethebench.sampler import encode_prompts, initial_latents, sample, unpack_latents
+from lethebench.sampler import (
+    encode_prompts,
+    initial_latents,
+    rows_of,
+    sample,
+    to_latents,
+    to_pixels,
+    unpack_latents,
+)
 from lethebench.specs import SamplerSettings
 from lethebench.zoo import wrap
 
@@ -166,8 +172,8 @@ def test_the_autoencoders_scaling_is_the_samplers_and_is_undone():
         model = wrap(build_pipe())
         latents = initial_latents(wrap(tiny_sd()), KEYS, SETTINGS)
         with torch.no_grad():
-            images = decoded(model, latents)
-            z = encoded(model, images)
+            images = to_pixels(model, latents)
+            z = to_latents(model, images)
             config = model.pipe.vae.config
             own = (model.pipe.vae.encode(images).latent_dist.mean - (config.shift_factor or 0)) * 0.7
             expected = decode(model, latents).permute(0, 3, 1, 2)
@@ -211,7 +217,7 @@ def test_the_gradient_at_x_t_is_that_of_finite_differences(name, through):
 
     def noise_of(x):
         predicted = batch.predict(
-            batch.scale((x / held).float(), time), time, take(step.conditioning, rows)
+            batch.scale((x / held).float(), time), time, rows_of(step.conditioning, rows)
         ).combined
         clean = batch.clean(x / held, time, predicted.double())
         return (x - signal * clean) / noise
@@ -531,7 +537,7 @@ def test_an_index_of_another_descriptor_is_refused(model):
 def test_take_keeps_what_the_images_share():
     model = wrap(tiny_flux(guidance_embeds=True))
     both = encode_prompts(model, ["a red star", "a blue circle"], SETTINGS)
-    one = take(both, torch.tensor([1]))
+    one = rows_of(both, torch.tensor([1]))
     alone = encode_prompts(model, ["a blue circle"], SETTINGS)
     assert torch.allclose(one.embeds, alone.embeds, atol=1e-5)
     assert one.extra.keys() == alone.extra.keys()

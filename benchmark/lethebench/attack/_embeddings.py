@@ -13,7 +13,7 @@ from torch import Tensor
 from lethebench.attack.base import Subject
 from lethebench.hooks import Conditioning
 from lethebench.prompts import Prompt
-from lethebench.sampler import image_size, pack_latents
+from lethebench.sampler import image_size, pack_latents, to_latents
 from lethebench.unlearning import autocast, encode, noised, prediction, random_timesteps, training_target
 
 if TYPE_CHECKING:
@@ -84,14 +84,6 @@ def image_latents(model: Model, images: Sequence[NDArray[np.uint8]], settings: S
     """
     from lethebench.metrics.fbmem.segmenters import resize_image
 
-    config = model.pipe.vae.config
     pixels = np.stack([resize_image(image, *image_size(model, settings)) for image in images])
     x = torch.from_numpy(pixels).to(model.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-    z = model.pipe.vae.encode(x).latent_dist.mean
-    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-    if mean is not None and std is not None:
-        shape = (1, -1, 1, 1)
-        latents = (z - z.new_tensor(mean).view(shape)) * config.scaling_factor / z.new_tensor(std).view(shape)
-    else:
-        latents = (z - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
-    return pack_latents(model, latents, settings)
+    return pack_latents(model, to_latents(model, x), settings)

@@ -16,13 +16,13 @@ import pandas as pd
 
 from lethebench.attack._items import chosen_items
 from lethebench.attack._shares import difference, share
-from lethebench.attack._trial import FACTS, TABLE, attack_key, copies, copy_score, make_attack
+from lethebench.attack._trial import FACTS, TABLE, Plain, attack_key, copy_score, make_attack
 from lethebench.attack.base import Attack
 from lethebench.attack.record import AttackRecord, made_key
 from lethebench.bench import Outcome, _check_model, _row_name, _work
 from lethebench.comparison import row_folder
 from lethebench.composition import recipes
-from lethebench.engines import Failure, engine
+from lethebench.engines import Engine, Failure, engine
 from lethebench.errors import UserError
 from lethebench.method import recorded_settings
 from lethebench.plan import RowPlan, Runtime, file_name
@@ -92,6 +92,10 @@ def attack(
     spec, runs = suite if isinstance(suite, Suite) else load_suite(suite), Path(runs)
     chosen, runner = list(dict.fromkeys(attacks)) or list(ATTACKS), engine(engine_name, workers)
     made = {one: make_attack(one, spec) for one in chosen}
+    names = [a.name for a in made.values()]
+    twice = next((n for n in names if names.count(n) > 1), None)
+    if twice is not None:
+        raise UserError(f"two of the attacks are named '{twice}': run them one after the other")
     _require_known(spec, {a.name for a in made.values()})
     outcome = Attacked()
     targets = _targets(name, spec, model or spec.model, runs, threads, outcome)
@@ -102,21 +106,42 @@ def attack(
     store.prepare()
     fitted = Outcome()
     _work([t.plan for t in targets], base_of(first), store, runner, fitted, "fit")
+    outcome.failures += fitted.failures
     work = [_Work(t, name, a, attack_key(t.plan, a)) for t in targets for name, a in made.items()]
-    broken = {_row_name(f.job) for f in fitted.failures}
-    jobs = [w.job(store) for w in work if store.find("attack", w.key) is None]
-    jobs = [job for job in jobs if _row_name(job) not in broken]
-    if jobs:
-        with progress("attack", total=len(jobs)) as bar:
-            outcome.failures = runner.run(jobs, lambda job: bar.advance(1, str(job)))
-    outcome.computed = len(jobs) - len(outcome.failures)
-    outcome.failures = fitted.failures + outcome.failures
-    for one in work:
-        entry = store.find("attack", one.key)
-        if entry is not None:
-            outcome.records.append(_write(one.target, one.attack, entry, by or _default_by()))
+    outcome.computed = _run("attack", work, store, runner, outcome)
+    entries = [(one, entry) for one in work if (entry := store.find("attack", one.key)) is not None]
+    plain = {(id(one.target), _images(entry)): one.target for one, entry in entries}
+    without = {at: _plain(target, at[1]) for at, target in plain.items()}
+    _run("without the attacks", list(without.values()), store, runner, outcome)
+    for one, entry in entries:
+        own = store.find("attack", without[id(one.target), _images(entry)].key)
+        if own is not None:
+            outcome.records.append(_write(one.target, one.attack, entry, own, by or _default_by()))
     outcome.seconds = time.monotonic() - began
     return outcome
+
+
+def _run(title: str, work: Sequence[_Work], store: Store, runner: Engine, outcome: Attacked) -> int:
+    """Do what the store lacks of the rows without a failure; the number that succeeded."""
+    broken = {_row_name(f.job) for f in outcome.failures if not f.job.attack}
+    jobs = [w.job(store) for w in work if store.find("attack", w.key) is None]
+    jobs = [job for job in jobs if _row_name(job) not in broken]
+    if not jobs:
+        return 0
+    with progress(title, total=len(jobs)) as bar:
+        failed = runner.run(jobs, lambda job: bar.advance(1, str(job)))
+    outcome.failures += failed
+    return len(jobs) - len(failed)
+
+
+def _images(entry: Path) -> int:
+    """The images an item that a stored attack had."""
+    return int(json.loads((entry / FACTS).read_text())["images"])
+
+
+def _plain(target: Target, images: int) -> _Work:
+    attack = Plain(images)
+    return _Work(target, f"{Plain.name}:{images}", attack, attack_key(target.plan, attack))
 
 
 def _require_known(suite: Suite, made: set[str]) -> None:
@@ -244,10 +269,13 @@ def _settings(row: Row) -> tuple[str, dict[str, Any]]:
 # --- records --------------------------------------------------------------------------------------
 
 
-def _write(target: Target, attack: Attack, entry: Path, by: str) -> AttackRecord:
-    """Write table, pictures and record beside the row, the record last; what is there as it is stays."""
-    record = record_of(target, attack, entry, by)
-    folder, name = target.folder / "attacks", file_name(attack.name)
+def _write(target: Target, attack: Attack, entry: Path, plain: Path, by: str) -> AttackRecord:
+    """Write table, pictures and record beside the row, the record last; what is there as it is stays.
+
+    Another budget or author is another record: nobody's is replaced.
+    """
+    record = record_of(target, attack, entry, plain, by)
+    folder, name = target.folder / "attacks", f"{attack.name}-{digest([record.budget, by])[:8]}"
     files = {folder / f"{name}.parquet": (entry / TABLE).read_bytes()}
     files |= {folder / name / p.name: p.read_bytes() for p in sorted(entry.glob("*.png"))}
     files[folder / f"{name}.json"] = record.to_json().encode()
@@ -259,18 +287,18 @@ def _write(target: Target, attack: Attack, entry: Path, by: str) -> AttackRecord
     return record
 
 
-def record_of(target: Target, attack: Attack, entry: Path, by: str) -> AttackRecord:
-    """The record of a stored attack: see :class:`lethebench.attack.record.AttackRecord`."""
+def record_of(target: Target, attack: Attack, entry: Path, without: Path, by: str) -> AttackRecord:
+    """The record of a stored attack and of the plain draws: see :class:`lethebench.attack.AttackRecord`."""
     plan, row = target.plan, target.row
     facts, table = json.loads((entry / FACTS).read_text()), pd.read_parquet(entry / TABLE)
     items = chosen_items(plan)
     _, _, score = copy_score(plan)
-    out = table.groupby("prompt_id")["copy"].any()
-    own = pd.read_parquet(target.folder / "images.parquet")
-    first = own[own["index"] == 0].set_index("prompt_id")[score.column]
     ids = [i.prompt.id for i in items], [i.twin.id for i in items]
-    memorized, control = (out.loc[side].to_numpy(dtype=bool) for side in ids)
-    plain, plain_control = (copies(first.loc[side].to_numpy(dtype=float), score) for side in ids)
+    memorized, control, plain, plain_control = (
+        one.groupby("prompt_id")["copy"].any().loc[side].to_numpy(dtype=bool)
+        for one in (table, pd.read_parquet(without / TABLE))
+        for side in ids
+    )
     excess = memorized.astype(float) - control
     hidden = excess - (plain.astype(float) - plain_control)
     kinds = np.array([i.prompt.kind for i in items])

@@ -20,8 +20,10 @@ from lethebench.hooks import Conditioning, ImageKey, SamplerHooks
 from lethebench.method import identity_of
 from lethebench.metric import Metric, Score, Shard
 from lethebench.plan import RowPlan, prompt_set
+from lethebench.prompts import Prompt, Role
 from lethebench.provenance import code_sha256
 from lethebench.registry import ATTACKS, source_sha256
+from lethebench.seeding import derive_seed
 from lethebench.specs import MetricSpec, Suite
 from lethebench.store import Store, digest
 from lethebench.work import columns_frame, fit_part, known_frame, loaded_model, read_artefact
@@ -29,7 +31,6 @@ from lethebench.work import columns_frame, fit_part, known_frame, loaded_model, 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lethebench.prompts import Prompt
     from lethebench.specs import SamplerSettings
     from lethebench.zoo import Model
 
@@ -42,8 +43,28 @@ POINTS = 20
 """Points of a loss curve that are kept."""
 
 
+@dataclass(frozen=True)
+class Plain(Attack):
+    """No attack: the prompts as they are, from their first ``images`` initial noises."""
+
+    images: int
+
+    name = "plain"
+    summary = "the prompts as they are"
+    knowledge = "the prompt"
+
+    def attempts(self, subject: Subject, asked: Sequence[Prompt]) -> list[Attempt]:
+        """The same tries for all."""
+        return [Attempt(tuple(Try(index) for index in range(self.images)))] * len(asked)
+
+
 def make_attack(name: str, suite: Suite) -> Attack:
-    """The attack of that name (or at ``path.py:Class``) with the suite's settings of it. Raises UserError."""
+    """The attack of that name (or at ``path.py:Class``) with the suite's settings of it. Raises UserError.
+
+    ``plain:4`` is none: four images as the row draws them.
+    """
+    if name.startswith(f"{Plain.name}:"):
+        return Plain(int(name.partition(":")[2]))
     cls = ATTACKS.get(name)
     return configure_attack(cls, attack_settings(suite).set.get(cls.name, {}))
 
@@ -68,10 +89,12 @@ def copy_score(plan: RowPlan) -> tuple[MetricSpec, Metric, Score]:
 def attack_key(plan: RowPlan, attack: Attack) -> dict[str, Any]:
     """All that determines what an attack finds: model, fits and labels through the row's first shard."""
     asked = [p for item in chosen_items(plan) for p in (item.prompt, item.twin)]
+    spec, _, score = copy_score(plan)
     return {
         "what": "attack",
         "attack": [attack.name, identity_of(attack), source_sha256(type(attack))],
-        "scores": digest(plan.scores_key(0, copy_score(plan)[0])),
+        "scores": digest(plan.scores_key(0, spec)),
+        "copy": [score.name, score.column],
         "asked": [[p.id, p.text, list(p.references)] for p in asked],
         "unseen": unseen_index(plan),
         "code": code_sha256(*(f"attack/{name}.py" for name in ("_items", "_trial", "_embeddings", "base"))),
@@ -94,10 +117,13 @@ def attack_row(plan: RowPlan, name: str, store: Store) -> Path:
     artefacts = [read_artefact(fit_part(plan, part, store)) for part in range(len(plan.recipe.parts))]
     model = loaded_model(plan.model, plan.runtime.device, plan.runtime.dtype)
     prompts, sampler = prompt_set(plan.suite.prompt_set), plan.suite.sampler
-    asked = [p for item in items for p in (item.prompt, item.twin)]
+    asked = sorted(
+        (p for item in items for p in (item.prompt, item.twin)),
+        key=lambda p: derive_seed("attack-order", plan.suite.key, p.id),
+    )
     with plan.recipe.apply(model, artefacts) as hooks:
         subject = Subject(model, sampler, prompts, plan.suite.key, unseen_index(plan))
-        attempts = attack.attempts(subject, asked)
+        attempts = attack.attempts(subject, [_blinded(p) for p in asked])
         _require_equal_budgets(attack, asked, attempts)
         pairs = [(p, t) for p, a in zip(asked, attempts, strict=True) for t in a.tries]
         drawn = draw(plan, model, pairs, hooks)
@@ -106,7 +132,7 @@ def attack_row(plan: RowPlan, name: str, store: Store) -> Path:
         "started": started,
         "seconds": time.perf_counter() - began,
         "images": len(attempts[0].tries),
-        "losses": _curves(attempts),
+        "losses": _curves(attempts, [p.id in {i.prompt.id for i in items} for p in asked]),
         "provenance": _provenance(plan, attack, started),
     }
 
@@ -118,6 +144,13 @@ def attack_row(plan: RowPlan, name: str, store: Store) -> Path:
         (folder / FACTS).write_text(json.dumps({**facts, "pictures": list(shown)}, sort_keys=True))
 
     return store.put("attack", key, write)
+
+
+def _blinded(prompt: Prompt) -> Prompt:
+    """The prompt without what tells a memorized item from its twin."""
+    return Prompt(
+        prompt.id, prompt.text, Role.NEUTRAL, "", references=prompt.references, attributes=prompt.attributes
+    )
 
 
 def _require_equal_budgets(attack: Attack, asked: Sequence[Prompt], attempts: Sequence[Attempt]) -> None:
@@ -226,9 +259,12 @@ def copies(values: Any, score: Score) -> Any:
     return values >= COPY
 
 
-def _curves(attempts: Sequence[Attempt]) -> dict[str, list[float]]:
+def _curves(attempts: Sequence[Attempt], memorized: Sequence[bool]) -> dict[str, list[float]]:
     """Mean loss by step over items and over twins, each at most :data:`POINTS` means of consecutive steps."""
-    sides = {"memorized": attempts[0::2], "control": attempts[1::2]}
+    sides = {
+        name: [a for a, own in zip(attempts, memorized, strict=True) if own == side]
+        for name, side in (("memorized", True), ("control", False))
+    }
     if len({len(a.losses) for a in attempts}) > 1:
         return {}
     means = {name: np.array([a.losses for a in side]).mean(0) for name, side in sides.items()}

@@ -77,7 +77,8 @@ class Subject:
 class Attack(ABC):
     """An attack: a frozen dataclass of settings, plus facts declared on the class.
 
-    It is asked for memorized items and for their never-trained twins alike, and isn't told which is which.
+    It is asked for memorized items and for their never-trained twins alike, in a drawn order, and isn't told
+    which is which: of the prompts only id, text, references and attributes are filled in.
     """
 
     name: ClassVar[str]

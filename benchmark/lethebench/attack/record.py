@@ -1,6 +1,7 @@
 """What an attack on a row found, as every reader of Lethe validates it.
 
-Records lie beside the row as ``attacks/<attack>.json``, one an attack; whoever found more adds another.
+Records lie beside the row as ``attacks/<name>.json``, one for each attack, budget and author; whoever found
+more adds another.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from lethebench.errors import UserError
 from lethebench.row import Difference, Provenance, SuiteKey
@@ -27,6 +28,16 @@ class Share(Spec):
     high: float = Field(ge=0, le=1)
     n: int = Field(ge=1)
 
+    @model_validator(mode="after")
+    def _in_order(self) -> Share:
+        _require_order(self)
+        return self
+
+
+def _require_order(found: Share | Difference) -> None:
+    if not found.low <= found.value <= found.high:
+        raise ValueError(f"{found.value} lies outside its interval, {found.low} to {found.high}")
+
 
 class AttackRecord(Spec):
     """One attack on one row.
@@ -34,7 +45,8 @@ class AttackRecord(Spec):
     ``memorized`` is the share of memorized items that the attack got out of the mitigated model: an item
     counts where any of the budget's images is a copy by ``score``. ``control`` is the same under the same
     budget for their twins, which no model ever saw: what the attack itself injects. ``plain`` and
-    ``plain_control`` are both without the attack, on the row's own first image an item.
+    ``plain_control`` are both without the attack: the prompts as they are, from their first initial noises,
+    as many images an item as the attack had.
 
     ``excess`` is memorized - control, paired by twin. ``hidden`` is excess - (plain - plain_control): what
     the mitigation had only hidden. ``kinds`` holds ``memorized`` by kind of item.
@@ -47,9 +59,9 @@ class AttackRecord(Spec):
     setting: str
     row_key: str
     """``key`` of the row's ``made.json``: an attack on other images than the row's is not shown."""
-    attack: str
-    by: str
-    how: str
+    attack: str = Field(pattern=r"^[a-z0-9]+([-._][a-z0-9]+)*$")
+    by: str = Field(min_length=1, max_length=200)
+    how: str = Field(min_length=1, max_length=500)
     budget: dict[str, Any]
     score: str
     memorized: Share
@@ -62,6 +74,22 @@ class AttackRecord(Spec):
     facts: dict[str, Any] = Field(default_factory=dict)
     seconds: float
     provenance: Provenance
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> AttackRecord:
+        shares = (self.memorized, self.control, self.plain, self.plain_control)
+        if len({s.n for s in shares}) > 1:
+            raise ValueError("memorized, control, plain and plain_control are of different numbers of items")
+        plain = self.plain.value - self.plain_control.value
+        for name, value in (
+            ("excess", self.memorized.value - self.control.value),
+            ("hidden", self.excess.value - plain),
+        ):
+            found: Difference = getattr(self, name)
+            _require_order(found)
+            if abs(found.value - value) > 1e-6:
+                raise ValueError(f"{name} is {found.value:.4f}, and the shares make it {value:.4f}")
+        return self
 
     def to_json(self) -> str:
         """The record as it is written: sorted keys, two spaces."""

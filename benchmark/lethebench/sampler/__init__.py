@@ -16,15 +16,21 @@ With the same initial latents the loop equals the diffusers pipeline's own outpu
 from __future__ import annotations
 
 from lethebench.sampler._chain import Chain
-from lethebench.sampler._families import encode_prompts, image_size, pack_latents, unpack_latents
+from lethebench.sampler._families import (
+    encode_prompts,
+    image_size,
+    pack_latents,
+    rows_of,
+    unpack_latents,
+)
 from lethebench.sampler._loop import (
     Samples,
-    decode,
     initial_latents,
     prepare,
     sample,
     unconditional,
 )
+from lethebench.sampler._pixels import decode, to_latents, to_pixels
 
 __all__ = [
     "Chain",
@@ -35,7 +41,10 @@ __all__ = [
     "initial_latents",
     "pack_latents",
     "prepare",
+    "rows_of",
     "sample",
+    "to_latents",
+    "to_pixels",
     "unconditional",
     "unpack_latents",
 ]

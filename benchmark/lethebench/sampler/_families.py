@@ -340,6 +340,27 @@ def unpack_latents(model: Model, latents: Tensor, settings: SamplerSettings) -> 
     return adapter_for(model, settings).unpack(latents)
 
 
+def rows_of(conditioning: Conditioning, rows: Sequence[int] | Tensor) -> Conditioning:
+    """The conditioning of some of its images (numbers, in that order, or a mask), with its negative."""
+    index = rows if isinstance(rows, Tensor) else list(rows)
+
+    def chosen(extra: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            key: chosen(value)
+            if isinstance(value, Mapping)
+            else (value[index] if isinstance(value, Tensor) and key not in SHARED else value)
+            for key, value in extra.items()
+        }
+
+    pooled, negative = conditioning.pooled, conditioning.negative
+    return Conditioning(
+        conditioning.embeds[index],
+        None if pooled is None else pooled[index],
+        chosen(conditioning.extra),
+        None if negative is None else rows_of(negative, rows),
+    )
+
+
 def join(negative: Conditioning, positive: Conditioning) -> Conditioning:
     """One conditioning for 2B images: first the B unconditional, then the B conditional ones."""
     pooled = None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lethebench.hooks import Batch, Conditioning, ImageKey, Prediction, Recorder, SamplerHooks, Step
 from lethebench.sampler._families import Adapter, adapter_for, join
+from lethebench.sampler._pixels import decode
 from lethebench.sampler._schedulers import (
     at_step,
     clean_latents,
@@ -27,9 +28,6 @@ from lethebench.seeding import generator
 if TYPE_CHECKING:
     from lethebench.specs import SamplerSettings
     from lethebench.zoo import Model
-
-_DECODED_PIXELS = 2**20
-"""Pixels that the VAE decodes at once: 256 images of 64 pixels a side, or one of 1024."""
 
 
 @dataclass(frozen=True)
@@ -104,24 +102,6 @@ def unconditional(batch: Batch) -> Conditioning:
     if batch.conditioning.negative is not None:
         return batch.conditioning.negative
     return adapter_for(batch.model, batch.settings).unconditional(len(batch.keys))
-
-
-def decode(model: Model, latents: Tensor) -> Tensor:
-    """Images uint8 ``[B, height, width, 3]`` of final latents ``[B, channels, height, width]``."""
-    config = model.pipe.vae.config
-    latents = latents.float()
-    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-    if mean is not None and std is not None:
-        shape = (1, -1, 1, 1)
-        z = latents * latents.new_tensor(std).view(shape) / config.scaling_factor + latents.new_tensor(
-            mean
-        ).view(shape)
-    else:
-        z = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
-    pixels = z.shape[-1] * z.shape[-2] * int(model.pipe.vae_scale_factor) ** 2
-    parts = z.split(max(1, _DECODED_PIXELS // pixels))
-    images = torch.cat([model.pipe.vae.decode(part, return_dict=False)[0] for part in parts])
-    return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def guided_prediction(
