@@ -139,15 +139,11 @@ def neutral_steps(task: Task, count: int, batch_size: int) -> Iterator[FirstStep
         yield FirstStep(prepare(task.model, keys[start : start + batch_size], task.sampler))
 
 
-def calibrated(
-    task: Task, unit: str, count: int, batch_size: int, measure: Callable[[FirstStep], Tensor]
-) -> Artefact:
-    """What ``measure`` gives (``[B]``) for neutral prompts on the task's model, rising; nothing if absolute.
+def calibrated(task: Task, count: int, batch_size: int, measure: Callable[[FirstStep], Tensor]) -> Artefact:
+    """What ``measure`` gives (``[B]``) for neutral prompts on the task's model, rising.
 
     Facts: how many prompts, and the 5 %, 50 % and 95 % quantiles.
     """
-    if unit == "absolute":
-        return Artefact()
     with torch.no_grad():
         values = [measure(step).float().cpu() for step in neutral_steps(task, count, batch_size)]
     found = torch.cat(values).sort().values

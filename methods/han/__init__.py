@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from lethebench.hooks import SamplerHooks
-from lethebench.method import Artefact, Family, Knowledge, Method, Task, setting
+from lethebench.method import Artefact, setting
+from lethebench.methods._first_step import FirstStepMethod
 from lethebench.registry import METHODS
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 @METHODS.register
 @dataclass(frozen=True)
-class Han(Method):
+class Han(FirstStepMethod):
     """Changes an image's initial noise until the text moves the first prediction little; the prompt stays.
 
     With d(x) the conditional minus unconditional prediction at the first step:
@@ -50,9 +51,6 @@ class Han(Method):
         "per-sample: magnitude to reach, in units of `unit` (ours; paper: absolute, 0.9 on SD 1.4)",
         applied=True,
     )
-    unit: str = setting(
-        "neutral", "what the target counts in: neutral (medians of neutral prompts; ours) or absolute (paper)"
-    )
     lr: float = setting(0.01, "per-sample: AdamW's learning rate (paper: 0.01, SD 2: 0.1)", applied=True)
     iterations: int = setting(50, "per-sample: steps, at most (ours; paper: 1000)", applied=True)
     weight_decay: float = setting(0.01, "per-sample: AdamW's (released code: its default)", applied=True)
@@ -64,15 +62,9 @@ class Han(Method):
         "batch-wise: timestep (of 1000) above which guidance is off (paper: 900, SD 2: 917)",
         applied=True,
     )
-    neutral_prompts: int = setting(256, "neutral prompts to calibrate on, at most (ours)")
-    batch_size: int = setting(
-        32, "images a forward pass while calibrating (ours; results differ by rounding)"
-    )
 
     name = "han"
     summary = "Optimises the initial noise until the first step's text-conditional magnitude is low."
-    family = Family.SAMPLING
-    knowledge = frozenset({Knowledge.NEUTRAL_PROMPTS})
     strengths: ClassVar = {
         "weak": {"target": 1.0},
         "medium": {"target": 0.75},
@@ -89,9 +81,7 @@ class Han(Method):
 
     def __post_init__(self) -> None:
         """Refuse settings that mean nothing."""
-        from lethebench.magnitude import require_settings
-
-        require_settings(self)
+        super().__post_init__()
         if self.mode not in self.modes:
             raise ValueError(f"mode is {' or '.join(self.modes)}, not '{self.mode}'")
         for name in ("adjustments", "gamma", "rho"):
@@ -102,25 +92,6 @@ class Han(Method):
     def calibrates(self) -> bool:
         """Whether a target is to be counted in medians of neutral prompts."""
         return self.mode == "per-sample" and self.unit == "neutral"
-
-    @property
-    def sees(self) -> frozenset[Knowledge]:
-        """Neutral prompts, where there is a target that isn't absolute."""
-        return self.knowledge if self.calibrates else frozenset()
-
-    def fit(self, task: Task) -> Artefact:
-        """Measure the magnitude of neutral prompts on the task's model, where a target counts in it."""
-        from lethebench.magnitude import calibrated, magnitudes
-
-        if not self.calibrates:
-            return Artefact()
-        return calibrated(
-            task,
-            self.unit,
-            self.neutral_prompts,
-            self.batch_size,
-            lambda first: magnitudes(first.difference()),
-        )
 
     @contextmanager
     def apply(self, model: Model, artefact: Artefact) -> Iterator[SamplerHooks]:

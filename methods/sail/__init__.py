@@ -13,16 +13,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from lethebench.hooks import SamplerHooks
-from lethebench.method import Artefact, Family, Knowledge, Method, Task, setting
+from lethebench.method import Artefact, setting
+from lethebench.methods._first_step import FirstStepMethod
 from lethebench.registry import METHODS
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lethebench.magnitude import FirstStep
     from lethebench.zoo import Model
 
 
 @METHODS.register
 @dataclass(frozen=True)
-class SAIL(Method):
+class SAIL(FirstStepMethod):
     """Changes an image's initial noise until the text sharpens the density less there; the prompt stays.
 
     With d(x) the conditional minus unconditional prediction at the first step and u the direction of the
@@ -56,9 +60,6 @@ class SAIL(Method):
     target: float = setting(
         1.0, "sharpness to reach, in units of `unit` (ours; paper: absolute, of the loss)", applied=True
     )
-    unit: str = setting(
-        "neutral", "what the target counts in: neutral (medians of neutral prompts; ours) or absolute"
-    )
     objective: str = setting("paper", "what is minimised: paper, or released (the code's simplification)")
     delta: float = setting(1.0, "length of the perturbation (released code: 1)")
     alpha: float = setting(
@@ -66,15 +67,9 @@ class SAIL(Method):
     )
     lr: float = setting(0.05, "Adam's learning rate (paper: 0.05)", applied=True)
     iterations: int = setting(10, "steps of the optimiser, at most (released code: 10)", applied=True)
-    neutral_prompts: int = setting(256, "neutral prompts to calibrate on, at most (ours)")
-    batch_size: int = setting(
-        32, "images a forward pass while calibrating (ours; results differ by rounding)"
-    )
 
     name = "sail"
     summary = "Optimises the initial noise until the text's sharpness at the first step is low."
-    family = Family.SAMPLING
-    knowledge = frozenset({Knowledge.NEUTRAL_PROMPTS})
     strengths: ClassVar = {
         "weak": {"target": 1.0},
         "medium": {"target": 0.75},
@@ -91,9 +86,7 @@ class SAIL(Method):
 
     def __post_init__(self) -> None:
         """Refuse settings that mean nothing."""
-        from lethebench.magnitude import require_settings
-
-        require_settings(self)
+        super().__post_init__()
         if self.objective not in self.objectives:
             raise ValueError(f"objective is {' or '.join(self.objectives)}, not '{self.objective}'")
         if self.delta <= 0:
@@ -101,23 +94,11 @@ class SAIL(Method):
         if self.alpha < 0:
             raise ValueError(f"alpha must be at least 0, not {self.alpha}")
 
-    @property
-    def sees(self) -> frozenset[Knowledge]:
-        """Neutral prompts, unless the target is absolute."""
-        return self.knowledge if self.unit == "neutral" else frozenset()
-
-    def fit(self, task: Task) -> Artefact:
-        """Measure the sharpness of neutral prompts on the task's model."""
-        from lethebench.magnitude import calibrated
+    def measured(self, first: FirstStep) -> Tensor:
+        """The sharpness of each image's own noise."""
         from lethebench.methods.sail.hooks import sharpness
 
-        return calibrated(
-            task,
-            self.unit,
-            self.neutral_prompts,
-            self.batch_size,
-            lambda first: sharpness(first.difference, first.batch.noise, self.objective, self.delta),
-        )
+        return sharpness(first.difference, first.batch.noise, self.objective, self.delta)
 
     @contextmanager
     def apply(self, model: Model, artefact: Artefact) -> Iterator[SamplerHooks]:

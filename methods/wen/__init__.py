@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from lethebench.hooks import SamplerHooks
-from lethebench.method import Artefact, Family, Knowledge, Method, Task, setting
+from lethebench.method import Artefact, setting
+from lethebench.methods._first_step import FirstStepMethod
 from lethebench.registry import METHODS
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 @METHODS.register
 @dataclass(frozen=True)
-class Wen(Method):
+class Wen(FirstStepMethod):
     """Changes an image's token embeddings until its text-conditional magnitude at the first step is low.
 
     The magnitude is the norm of conditional minus unconditional prediction. AdamW moves the conditional
@@ -48,21 +49,12 @@ class Wen(Method):
         "magnitude to reach, in units of `unit` (ours; paper's code: absolute, 3 for four images)",
         applied=True,
     )
-    unit: str = setting(
-        "neutral", "what the target counts in: neutral (medians of neutral prompts; ours) or absolute (paper)"
-    )
     lr: float = setting(0.05, "AdamW's learning rate (released code: 0.05)", applied=True)
     iterations: int = setting(10, "steps of the optimiser, at most (paper: 10)", applied=True)
     weight_decay: float = setting(0.01, "AdamW's (released code: its default, 0.01)", applied=True)
-    neutral_prompts: int = setting(256, "neutral prompts to calibrate on, at most (ours)")
-    batch_size: int = setting(
-        32, "images a forward pass while calibrating (ours; results differ by rounding)"
-    )
 
     name = "wen"
     summary = "Optimises the prompt embedding until the first step's text-conditional magnitude is low."
-    family = Family.SAMPLING
-    knowledge = frozenset({Knowledge.NEUTRAL_PROMPTS})
     strengths: ClassVar = {
         "weak": {"target": 1.0},
         "medium": {"target": 0.75},
@@ -75,29 +67,6 @@ class Wen(Method):
         "ICLR 2024. arXiv:2407.21720"
     )
     licence = "Apache-2.0 (written from the paper; released code: none)"
-
-    def __post_init__(self) -> None:
-        """Refuse settings that mean nothing."""
-        from lethebench.magnitude import require_settings
-
-        require_settings(self)
-
-    @property
-    def sees(self) -> frozenset[Knowledge]:
-        """Neutral prompts, unless the target is absolute."""
-        return self.knowledge if self.unit == "neutral" else frozenset()
-
-    def fit(self, task: Task) -> Artefact:
-        """Measure the magnitude of neutral prompts on the task's model."""
-        from lethebench.magnitude import calibrated, magnitudes
-
-        return calibrated(
-            task,
-            self.unit,
-            self.neutral_prompts,
-            self.batch_size,
-            lambda first: magnitudes(first.difference()),
-        )
 
     @contextmanager
     def apply(self, model: Model, artefact: Artefact) -> Iterator[SamplerHooks]:

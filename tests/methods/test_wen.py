@@ -289,7 +289,7 @@ def test_without_neutral_prompts_one_clear_line(model):
 
 def test_calibration_leaves_no_gradients(model, make_task):
     task = make_task(Wen(), model)
-    found = calibrated(task, "neutral", 3, 2, lambda first: magnitudes(first.difference()))
+    found = calibrated(task, 3, 2, lambda first: magnitudes(first.difference()))
     assert not found.tensors["neutral"].requires_grad
 
 
