@@ -51,6 +51,8 @@ class Outcome:
     failures: list[Failure] = field(default_factory=list)
     computed: dict[str, int] = field(default_factory=lambda: dict.fromkeys((*STAGES, "row"), 0))
     seconds: float = 0.0
+    base_table: Any = field(default=None, repr=False)
+    """Base's per-image table, read once a run."""
 
 
 def plan_rows(
@@ -362,7 +364,9 @@ def _scored_row(plan: RowPlan, base: RowPlan, store: Store, outcome: Outcome) ->
     suite = plan.suite
     table = row_table(plan, store)
     is_base = plan == base
-    base_table = None if is_base else row_table(base, store)
+    if outcome.base_table is None:
+        outcome.base_table = row_table(base, store)
+    base_table = None if is_base else outcome.base_table
     scores: dict[str, ScoreRecord] = {}
     slices: list[Slice] = []
     metrics = {}
