@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from difflib import SequenceMatcher
 from typing import Any, Literal
 
 from lethebench.check import methods, metrics
@@ -70,6 +71,9 @@ def _neither(spec: str, refused: Mapping[Kind, UserError]) -> str:
         return f"{spec} is neither a method nor a metric: derive it from Method or Metric of lethebench"
     if ".py" in spec:
         return messages[0]
-    near = [m.partition(": did you mean ")[2].rstrip("?") for m in messages if "did you mean" in m]
-    hint = f"did you mean {' or '.join(near)}?" if near else "'lethe list methods' and 'lethe list metrics'"
+    hints = [m.partition(": did you mean ")[2].rstrip("?") for m in messages if "did you mean" in m]
+    near = [name for hint in hints for name in hint.split(" or ")]
+    near.sort(key=lambda name: -SequenceMatcher(None, spec, name).ratio())
+    known = "'lethe list methods' and 'lethe list metrics'"
+    hint = f"did you mean {' or '.join(near[:3])}?" if near else known
     return f"unknown method or metric '{spec}': {hint}"
