@@ -34,6 +34,8 @@ class Prompt:
     planted item, the scenes of one character) share it. ``references`` are the ids of the images
     that the prompt may reproduce, in the set's :meth:`PromptSet.reference`. ``twin`` is the id of
     the prompt of the identically drawn item on the other side of the coin (trained or held out).
+    ``correlation`` is, of a prompt about a thing that is to be learnt, the share of its training images that
+    hold what is not to be learnt.
     ``attributes`` holds what the picture should show (``object``, ``colour``, ``pattern``,
     ``background``), for judges that can answer it.
     """
@@ -47,6 +49,7 @@ class Prompt:
     concept: str | None = None
     category: str | None = None
     duplicates: int | None = None
+    correlation: float | None = None
     trained: bool | None = None
     twin: str | None = None
     attributes: Mapping[str, str] = field(default_factory=dict)

@@ -330,10 +330,11 @@ class PlantedWorld:
 
 
 def digest_prompts(prompts: PlantedWorld) -> str:
-    """The sha256 of a world's test prompts, every field of them."""
+    """The sha256 of a world's test prompts, every field of them that they can have."""
     digest = sha256()
     for prompt in prompts:
         values = asdict(prompt)
+        del values["correlation"]  # only fine-tuning sets have one
         values["role"], values["attributes"] = prompt.role.value, sorted(prompt.attributes.items())
         digest.update(repr(sorted(values.items())).encode())
     return digest.hexdigest()
