@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from lethebench import provenance
 from lethebench.composition import Recipe, recipes
 from lethebench.engines import Engine, Failure, engine
 from lethebench.errors import RunError, StoreError, UserError
-from lethebench.method import Knowledge, Method, places_of, recorded_settings
+from lethebench.method import Family, Knowledge, Method, places_of, recorded_settings
 from lethebench.plan import (
     RowPlan,
     Runtime,
@@ -72,24 +73,58 @@ def plan_rows(
     here, before any work.
     """
     runtime = runtime or Runtime()
-    fixed = {"base": "all", **(suite.controls if controls else {})}
+    fixed = {suite.reference: "all", **(suite.controls if controls else {})}
     asked = [Extra(method=name, strength=chosen) for name, chosen in fixed.items()]
     for name in methods:
         every = name == "all"
-        single = _every_method() if every else [name]
+        single = _every_method(suite) if every else [name]
         asked += [Extra(method=n, strength=strength, set=dict(overrides or {})) for n in single]
         asked += suite.also if every and strength == "all" and not overrides else ()
+    _require_sound(suite)
     found: dict[tuple[str, str], Recipe] = {}
     for one in asked:
         for recipe in recipes(one.method, one.strength, one.set, suite.fit):
             found.setdefault((recipe.name, recipe.setting), recipe)
     for recipe in found.values():
+        _require_track(recipe, suite)
         for part in recipe.parts:
             _require_files(part)
     require_own_names(suite.metrics)
     for spec in suite.metrics:
         make_metric(spec).check()
     return [RowPlan(suite, model, recipe, runtime) for recipe in found.values()]
+
+
+def _require_sound(suite: Suite) -> None:
+    """Raise UserError where a suite's reference is several rows, or its set has nothing to train on."""
+    settings = METHODS.get(suite.reference).strengths
+    if len(settings) > 1:
+        raise UserError(
+            f"suite {suite.key}: reference '{suite.reference}' has {len(settings)} settings, and rows are "
+            "compared with one: take a method with one, as base or lora"
+        )
+    if suite.train is not None and not hasattr(prompt_set(suite.prompt_set), "examples"):
+        raise UserError(
+            f"suite {suite.key} fine-tunes, and prompt set '{suite.prompt_set}' has no training set"
+        )
+
+
+def _require_track(recipe: Recipe, suite: Suite) -> None:
+    """Raise UserError where a method is of another track than the suite, training-time or not."""
+    trains = [part.family is Family.TRAINING for part in recipe.parts]
+    if any(trains) and suite.train is None:
+        name = recipe.parts[trains.index(True)].name
+        raise UserError(
+            f"method '{name}' acts while a model is fine-tuned, and suite {suite.key} fine-tunes none: "
+            "take a suite with a block `train:`, as --suite train"
+        )
+    if suite.train is not None and not recipe.control and not trains[0]:
+        raise UserError(
+            f"suite {suite.key} fine-tunes a model: method '{recipe.name}' must follow a fine-tuning, "
+            f"as lora+{recipe.name}"
+        )
+    if any(trains[1:]):
+        raise UserError(f"'{recipe.name}' fine-tunes after another method: the fine-tuning must come first")
 
 
 def _require_files(method: Method) -> None:
@@ -100,8 +135,11 @@ def _require_files(method: Method) -> None:
             raise UserError(f"method '{method.name}': {name} is {value}, which is not there")
 
 
-def _every_method() -> list[str]:
-    return [name for name, cls in METHODS.items() if not cls.control and not cls.follows]
+def _every_method(suite: Suite) -> list[str]:
+    """The methods of the suite's track: those that train where the suite trains, else all others."""
+    trains = suite.train is not None
+    own = [(name, cls) for name, cls in METHODS.items() if (cls.family is Family.TRAINING) == trains]
+    return [name for name, cls in own if not cls.control and not cls.follows]
 
 
 def one_row(
@@ -117,6 +155,7 @@ def one_row(
     if strength == "all":
         raise UserError("name one strength of the method: --strength strong")
     recipe = recipes(method, strength, overrides, spec.fit)[0]
+    _require_track(recipe, spec)
     plan = RowPlan(spec, model or spec.model, recipe, runtime)
     _check_model(plan.model)
     reason = plan.recipe.unsupported(_family(plan.model))
@@ -234,8 +273,9 @@ def _fit_waves(jobs: Sequence[Job]) -> list[list[list[Job]]]:
     """
     waves: dict[int, dict[str, list[Job]]] = {}
     for job in jobs:
-        key = digest(job.plan().fit_key(job.number))
-        waves.setdefault(job.number, {}).setdefault(key, []).append(job)
+        plan = job.plan()
+        fit = plan.fits[job.number]
+        waves.setdefault(fit.part, {}).setdefault(digest(plan.fit_key(*fit)), []).append(job)
     return [list(waves[number].values()) for number in sorted(waves)]
 
 
@@ -252,7 +292,7 @@ def _family(model: str) -> str:
 def missing(plan: RowPlan, stage: str, store: Store) -> list[Job]:
     """The jobs of one stage of a row whose results the store lacks."""
     if stage == "fit":
-        numbers = [i for i in range(len(plan.recipe.parts)) if store.find("fit", plan.fit_key(i)) is None]
+        numbers = [i for i, fit in enumerate(plan.fits) if store.find("fit", plan.fit_key(*fit)) is None]
     elif stage == "shard":
         numbers = [i for i in range(len(plan.shards)) if store.find("shard", plan.shard_key(i)) is None]
     else:
@@ -347,12 +387,18 @@ def _identity(plan: RowPlan) -> dict[str, Any]:
         "knowledge": tuple(k for k in map(str, Knowledge) if k in {str(x) for x in recipe.knowledge}),
         "summary": " + ".join(p.summary for p in recipe.parts),
         "citation": "; ".join(dict.fromkeys(p.citation for p in recipe.parts if p.citation)),
-        "config": {"method": recipe.config(), "sampler": suite.sampler.model_dump(mode="json")},
+        "config": {
+            "method": recipe.config(),
+            "sampler": suite.sampler.model_dump(mode="json"),
+            **({"train": suite.train} if suite.train is not None else {}),
+        },
         "seeds": {
             "noise": f"sha256(noise, {suite.key}, prompt id, image index)",
             "fit": "sha256(fit, suite, method)",
+            **({"train": "sha256(train, suite, instance)"} if suite.train is not None else {}),
         },
         "axes": axes,
+        "reference": suite.reference,
     }
 
 
@@ -386,7 +432,9 @@ def _scored_row(plan: RowPlan, base: RowPlan, store: Store, outcome: Outcome) ->
             )
             slices += stats.slices(metric, score, table, resamples=suite.bootstrap, seed_parts=seed)
     of_base = next((r for r in outcome.rows if r.method == base.recipe.name), None)
-    warnings = stats.guards(scores, of_base.scores) if of_base is not None and not is_base else []
+    warnings = []
+    if of_base is not None and not is_base:
+        warnings = stats.guards(scores, of_base.scores, of_base.method)
     started, cost = _cost(plan, base, store)
     row = Row(
         **_identity(plan),
@@ -408,8 +456,9 @@ def _facts(plan: RowPlan, metric: MetricSpec, store: Store) -> dict[str, Any]:
 
 
 def _measured(plan: RowPlan, stage: str, store: Store) -> list[dict[str, Any]]:
-    numbers = range(len(plan.recipe.parts)) if stage == "fit" else range(len(plan.shards))
-    keys = [plan.fit_key(n) if stage == "fit" else plan.shard_key(n) for n in numbers]
+    keys = [plan.fit_key(*fit) for fit in plan.fits]
+    if stage != "fit":
+        keys = [plan.shard_key(number) for number in range(len(plan.shards))]
     return [json.loads((store.path(stage, k) / "measured.json").read_text()) for k in keys]
 
 
@@ -418,27 +467,38 @@ def _cost(plan: RowPlan, base: RowPlan, store: Store) -> tuple[str, Cost]:
 
     fits, shards = _measured(plan, "fit", store), _measured(plan, "shard", store)
     peaks = [m["peak_memory_bytes"] for m in (*fits, *shards) if m["peak_memory_bytes"] is not None]
+    parts = plan.recipe.parts
+    told = {
+        fit: parts[fit.part].facts(read_artefact(store.path("fit", plan.fit_key(*fit)))) for fit in plan.fits
+    }
+    # what says itself how long it took is believed: all of it after a kill, and without what timing it costs
+    seconds = [
+        told[fit].get("fit_seconds", measured["seconds"])
+        for fit, measured in zip(plan.fits, fits, strict=True)
+    ]
     facts: dict[str, Any] = {}
-    changed: list[float] = []
-    for number, part in enumerate(plan.recipe.parts):
-        told = part.facts(read_artefact(store.path("fit", plan.fit_key(number))))
-        facts.update(told)
-        if told.get("parameters_changed") is not None:
-            changed.append(told["parameters_changed"])
+    for fit in plan.fits:
+        if fit.instance == plan.instances[0]:
+            facts.update(told[fit])
+    own = [told[fit].get("parameters_changed") for fit in plan.fits if fit.instance == plan.instances[0]]
+    changed = [share for share in own if share is not None]
+    steps = [f["step_relative_to_plain"] for f in told.values() if "step_relative_to_plain" in f]
     fit_peaks = [m["peak_memory_bytes"] for m in fits if m["peak_memory_bytes"] is not None]
     cost = Cost(
-        fit_seconds=sum(m["seconds"] for m in fits),
+        fit_seconds=sum(seconds) / len(plan.instances),
         fit_peak_memory_bytes=max(fit_peaks, default=None),
         seconds_per_image=_per_image(shards),
-        relative_to_base=shards[0].get("relative_to_base") if plan != base else 1.0,
+        relative_to_base=1.0 if plan.recipe.name == "base" else shards[0].get("relative_to_base"),
         peak_memory_bytes=max(peaks, default=None),
         parameters_changed=min(1.0, sum(changed)) if changed else None,
         targets=facts.get("targets"),
         clusters=facts.get("clusters"),
         sparsity=facts.get("sparsity"),
         deactivated=facts.get("deactivated", {}),
+        step_relative_to_plain=median(steps) if steps else None,
+        training_state_bytes=facts.get("training_state_bytes"),
     )
-    first = min(store.path("fit", plan.fit_key(0)).stat().st_mtime, time.time())
+    first = min(store.path("fit", plan.fit_key(*plan.fits[0])).stat().st_mtime, time.time())
     return datetime.fromtimestamp(first, UTC).isoformat(timespec="seconds"), cost
 
 

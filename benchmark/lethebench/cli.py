@@ -209,6 +209,7 @@ def export(
     threads: Threads = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    instance: Annotated[str | None, typer.Option(help="Where a suite fine-tunes: which of its sets.")] = None,
 ) -> None:
     """Write the mitigated model of a permanent edit as a folder; fits it first where need be."""
     from lethebench.export import export_fitted
@@ -223,6 +224,7 @@ def export(
         overrides=_overrides(overrides),
         runs=runs,
         runtime=Runtime(device=device, dtype=_dtype(dtype), threads=threads),
+        instance=instance,
     )
     print(folder)
 
@@ -259,7 +261,7 @@ def attack(
     runs: Runs = Path("runs"),
     attacks: Annotated[
         list[str] | None,
-        typer.Option("--attack", help="An attack, or path.py:Class; may be repeated. Default: every one."),
+        typer.Option("--attack", help="An attack, or path.py:Class; may be repeated; none: all that suit."),
     ] = None,
     by: Annotated[
         str, typer.Option(help="Who attacks, for the record; default: this version of Lethe.")

@@ -78,6 +78,7 @@ def evaluate(
     spec = suite if isinstance(suite, Suite) else load_suite(suite)
     spec, left_out = with_metrics(spec, metrics, settings)
     _require_truth(spec)
+    spec = spec.model_copy(update={"reference": "base"})
     runs, runtime = Path(runs), runtime or Runtime()
     outcome = run(
         ["base"],

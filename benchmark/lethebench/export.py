@@ -56,7 +56,7 @@ def require_exportable(recipe: Recipe, folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not an empty folder: give a new one")
     for part in recipe.parts:
-        if part.family != "weights" or type(part).substitute is not Method.substitute:
+        if part.family == "sampling" or type(part).substitute is not Method.substitute:
             raise UserError(f"{part.name} doesn't change the weights: there is no model to export")
 
 
@@ -70,18 +70,29 @@ def export_fitted(
     overrides: Mapping[str, Any],
     runs: Path,
     runtime: Runtime,
+    instance: str | None = None,
 ) -> Path:
-    """Fit one setting of a method on a suite, unless the store holds the fit, and export it."""
+    """Fit one setting of a method on a suite, unless the store holds the fit, and export it.
+
+    Where the suite's prompt set has instances, each of which is fitted by itself, ``instance`` names one.
+    """
     from lethebench.bench import one_row
     from lethebench.store import Store
-    from lethebench.work import fit_part, loaded_model, read_artefact, set_threads
+    from lethebench.work import fit_all, loaded_model, set_threads
 
     plan = one_row(method, suite, model, strength, overrides, runtime)
     require_exportable(plan.recipe, folder)
+    if (instance or "") not in plan.instances:
+        if plan.instances == ("",):
+            raise UserError(f"suite {plan.suite.key} has no instances: leave --instance out")
+        raise UserError(
+            f"suite {plan.suite.key} fine-tunes a model for each instance: name one by --instance "
+            f"({', '.join(plan.instances)})"
+        )
     set_threads(runtime.threads)
     store = Store(runs / "store")
     store.prepare()
-    artefacts = [read_artefact(fit_part(plan, part, store)) for part in range(len(plan.recipe.parts))]
+    artefacts = fit_all(plan, store, instance or "")
     loaded = loaded_model(plan.model, plan.runtime.device, plan.runtime.dtype)
     return export(loaded, plan.recipe, artefacts, folder)
 

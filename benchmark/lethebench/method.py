@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from lethebench.finetuning.data import Attribute, Example
+    from lethebench.finetuning.settings import LoraSettings
     from lethebench.specs import SamplerSettings
     from lethebench.zoo import Model
 
@@ -85,11 +88,68 @@ class Task:
         *,
         seed_parts: tuple[object, ...] = (),
         base: Callable[[], Model] | None = None,
+        instance: str = "",
+        training: Mapping[str, Any] | None = None,
+        checkpoints: Path | None = None,
+        control: bool = False,
     ) -> None:
         self.model = model
         self.sampler = sampler
         self._prompts, self._knowledge, self._seed = prompts, knowledge, seed_parts
-        self._base = base
+        self._base, self._instance, self._training, self._control = base, instance, training, control
+        self.checkpoints = checkpoints
+        """Where a long fit may leave what it needs to go on after a kill; None: nowhere."""
+
+    @property
+    def training_seed(self) -> int:
+        """The same for every training-time method on the suite, so that their rows are paired."""
+        from lethebench.seeding import derive_seed
+
+        return derive_seed("train", *self._seed[:1], self._instance)
+
+    @property
+    def training(self) -> LoraSettings:
+        """How the suite fine-tunes. Raises UserError where it doesn't."""
+        from lethebench.finetuning.settings import LoraSettings
+
+        if self._training is None:
+            raise UserError("the method trains, and the suite says nothing of training: use a train suite")
+        return LoraSettings(**self._training)
+
+    def training_set(self, *, twin: bool = False) -> Sequence[Example]:
+        """What the model is fine-tuned on, of the instance at hand: a training-time method's own input.
+
+        Which images hold a prohibited attribute (``Example.holds``) needs ``training-images``, which captions
+        name one (``named``, ``plain_caption``) ``concept-names``: None without. ``twin`` gives the same
+        images without the attribute, to a control alone (the oracle). Raises UserError where the prompt set
+        has no training set, KnowledgeError where a method asks for the twin.
+        """
+        prompts: Any = self._prompts
+        if not hasattr(prompts, "examples"):
+            raise UserError(f"prompt set '{self._prompts.name}' has no training set: use a train suite")
+        if twin and not self._control:
+            raise KnowledgeError("the method asked for the twin set, which only a control may see")
+        hidden: dict[str, Any] = {}
+        if Knowledge.TRAINING_IMAGES not in self._knowledge:
+            hidden |= {"holds": None}
+        if Knowledge.CONCEPT_NAMES not in self._knowledge:
+            hidden |= {"named": None, "plain_caption": None}
+        return [dataclasses.replace(e, **hidden) for e in prompts.examples(self._instance, twin=twin)]
+
+    def sensitive_prompts(self) -> list[str]:
+        """Texts that name what must not be learnt. Needs ``concept-names``."""
+        self._require(Knowledge.CONCEPT_NAMES)
+        return list(self._optional("sensitive_prompts", self._instance) or ())
+
+    def attributes(self) -> list[Attribute]:
+        """What must not be learnt, by name. Needs ``concept-names``."""
+        self._require(Knowledge.CONCEPT_NAMES)
+        return list(self._optional("attributes", self._instance) or ())
+
+    def _own(self) -> Iterator[Prompt]:
+        """The prompts of the instance at hand: all where the set has none."""
+        prompts: Any = self._prompts
+        return (p for p in prompts if not self._instance or prompts.instance_of(p.id) == self._instance)
 
     def base(self) -> Model:
         """The unmitigated model: not ``model`` where the method follows others in a composition."""
@@ -115,16 +175,30 @@ class Task:
     def memorized_prompts(self) -> list[Prompt]:
         """The prompts known to be memorized (role ``trigger``). Needs ``memorized-prompts``."""
         self._require(Knowledge.MEMORIZED_PROMPTS)
-        return [p for p in self._prompts if p.role is Role.TRIGGER]
+        return [p for p in self._own() if p.role is Role.TRIGGER]
 
     def concepts(self) -> dict[str, list[Prompt]]:
-        """Protected concepts by name, with the prompts that ask for them. Needs ``concept-names``."""
+        """Protected concepts by name, with prompts that ask for them. Needs ``concept-names``.
+
+        Where a model is fine-tuned, the prohibited attributes, with the prompts that methods may know.
+        """
         self._require(Knowledge.CONCEPT_NAMES)
+        if hasattr(self._prompts, "sensitive_prompts"):
+            return {a.name: self._asking(a) for a in self.attributes()}
         found: dict[str, list[Prompt]] = {}
-        for p in self._prompts:
+        for p in self._own():
             if p.role is Role.CONCEPT and p.concept is not None:
                 found.setdefault(p.concept, []).append(p)
         return found
+
+    def _asking(self, attribute: Attribute) -> list[Prompt]:
+        """The prompts that methods may know of a prohibited attribute."""
+        name = re.compile(rf"\b{re.escape(attribute.name)}\b")
+        texts = [text for text in self.sensitive_prompts() if name.search(text)]
+        return [
+            Prompt(f"{attribute.pair}-known-{i}", t, Role.CONCEPT, attribute.pair, concept=attribute.name)
+            for i, t in enumerate(texts)
+        ]
 
     def paraphrases(self, prompt: Prompt) -> list[str]:
         """Texts that ask for what ``prompt`` does without its trigger or its concept's name.
@@ -132,6 +206,9 @@ class Task:
         Needs the knowledge of the prompt itself. Empty where the prompt set has none.
         """
         self._require(Knowledge.CONCEPT_NAMES if prompt.role is Role.CONCEPT else Knowledge.MEMORIZED_PROMPTS)
+        if prompt.concept is not None and hasattr(self._prompts, "sensitive_prompts"):
+            anchor = self.anchor_concept(prompt.concept)
+            return [re.sub(rf"\b(the )?{re.escape(prompt.concept)}\b", anchor, prompt.text)]
         return list(self._optional("paraphrases", prompt.id) or ())
 
     def anchor_concept(self, concept: str) -> str:
@@ -147,9 +224,16 @@ class Task:
         return None if found is None else found(*arguments)
 
     def training_images(self) -> dict[str, Reference]:
-        """The memorized training images by reference id. Needs ``training-images``."""
+        """The memorized training images by reference id. Needs ``training-images``.
+
+        Where a model is fine-tuned, all that it is fine-tuned on.
+        """
         self._require(Knowledge.TRAINING_IMAGES)
-        ids = {r for p in self._prompts if p.role in (Role.TRIGGER, Role.CONCEPT) for r in p.references}
+        prompts: Any = self._prompts
+        if hasattr(prompts, "examples"):
+            ids = {e.id for e in prompts.examples(self._instance)}
+        else:
+            ids = {r for p in prompts if p.role in (Role.TRIGGER, Role.CONCEPT) for r in p.references}
         return {r: self._prompts.reference(r) for r in sorted(ids)}
 
     def _require(self, what: Knowledge) -> None:
@@ -230,7 +314,7 @@ def configure(cls: type[Method], strength: str, overrides: Mapping[str, Any] | N
             f"method '{cls.name}' has no setting '{unknown[0]}': known {', '.join(fields) or 'none'}"
         )
     for name, value in values.items():
-        _check_type(cls, name, value)
+        check_type(f"method '{cls.name}'", cls, name, value)
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:
@@ -240,7 +324,7 @@ def configure(cls: type[Method], strength: str, overrides: Mapping[str, Any] | N
 _PLAIN = {"int": int, "float": float, "bool": bool, "str": str, "None": type(None)}
 
 
-def _check_type(cls: type[Method], name: str, value: Any) -> None:
+def check_type(owner: str, cls: type, name: str, value: Any) -> None:
     """Raise UserError where a setting of a plain type (``int``, ``float | None``, ...) gets another."""
     declared = next(f.type for f in dataclasses.fields(cls) if f.name == name)  # type: ignore[arg-type]
     names = [part.strip() for part in str(getattr(declared, "__name__", declared)).split("|")]
@@ -252,7 +336,7 @@ def _check_type(cls: type[Method], name: str, value: Any) -> None:
         return
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     wanted = " or ".join(["null" if k is type(None) else words[k] for k in map(_PLAIN.__getitem__, names)])
-    raise UserError(f"method '{cls.name}': {name} is {wanted}, not {value!r}")
+    raise UserError(f"{owner}: {name} is {wanted}, not {value!r}")
 
 
 def settings_of(plugin: object) -> dict[str, Any]:

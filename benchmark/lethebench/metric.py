@@ -92,6 +92,8 @@ class Metric(ABC):
     detects: ClassVar[Mapping[str, Literal["high", "low"]] | None] = None
     """Columns that tell memorized images from others, and which end of them says memorized. None: the
     columns of the scores on triggers that mitigation should lower (high) or raise (low)."""
+    shown: ClassVar[str] = "planted"
+    """The registered prompt set that the contract suite shows the metric."""
     records: ClassVar[frozenset[str]] = frozenset()
     """Names of what :meth:`recorder` records while images are drawn."""
 

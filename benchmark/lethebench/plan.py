@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from lethebench.composition import Recipe
@@ -145,6 +145,13 @@ def _selected(selection: Selection, suite: Suite, prompts: PromptSet) -> Iterato
     return (p for p in fits if p.cluster in kept)
 
 
+class PlannedFit(NamedTuple):
+    """The fit of a part of the recipe for an instance of the prompt set ("" where it has none)."""
+
+    part: int
+    instance: str
+
+
 @dataclass(frozen=True)
 class RowPlan:
     """One row to be: a recipe on a model in a suite, split into shards."""
@@ -178,10 +185,45 @@ class RowPlan:
         )
 
     @cached_property
+    def instances(self) -> tuple[str, ...]:
+        """The prompt set's instances that are drawn of, for each of which methods are fitted anew.
+
+        ("",) where the set has none.
+        """
+        known = getattr(prompt_set(self.suite.prompt_set), "instances", None)
+        if known is None:
+            return ("",)
+        drawn = {self.instance_of(key.prompt.id) for key in self.images}
+        return tuple(one for one in known if one in drawn)
+
+    @cached_property
+    def fits(self) -> list[PlannedFit]:
+        """Every fit of the row: each part of the recipe for each instance."""
+        return [PlannedFit(part, one) for part in range(len(self.recipe.parts)) for one in self.instances]
+
+    @cached_property
     def shards(self) -> list[tuple[ImageKey, ...]]:
-        """The images in pieces of the suite's shard size, in order."""
-        size = self.suite.shard_size
-        return [tuple(self.images[i : i + size]) for i in range(0, len(self.images), size)]
+        """The images in pieces of the suite's shard size, in order; each of one instance."""
+        return [keys for _, keys in self._shards]
+
+    def instance(self, shard: int) -> str:
+        """The instance that a shard's images are of."""
+        return self._shards[shard][0]
+
+    @cached_property
+    def _shards(self) -> list[tuple[str, tuple[ImageKey, ...]]]:
+        size, of = self.suite.shard_size, self.instance_of
+        groups = {one: [key for key in self.images if of(key.prompt.id) == one] for one in self.instances}
+        return [
+            (one, tuple(keys[i : i + size]))
+            for one, keys in groups.items()
+            for i in range(0, len(keys), size)
+        ]
+
+    def instance_of(self, prompt_id: str) -> str:
+        """The instance that a prompt is of."""
+        prompts: Any = prompt_set(self.suite.prompt_set)
+        return str(prompts.instance_of(prompt_id)) if hasattr(prompts, "instances") else ""
 
     @cached_property
     def metrics(self) -> list[Metric]:
@@ -210,8 +252,8 @@ class RowPlan:
             "dtype": self.runtime.dtype,
         }
 
-    def fit_key(self, part: int) -> dict[str, Any]:
-        """All that determines the fit of the recipe's part: the parts before it, as applied, included.
+    def fit_key(self, part: int, instance: str = "") -> dict[str, Any]:
+        """All that determines a part's fit for an instance: the parts before it, as applied, included.
 
         Settings that only ``apply`` reads don't count for the part itself, so that strengths share its fit.
         """
@@ -227,12 +269,25 @@ class RowPlan:
             "judges": judges_sha256(),
             "parts": [*before, [own.name, fitted_settings(own), sources[own.name]]],
             "files": [setting_files(p) for p in self.recipe.parts[: part + 1]],
+            **({"instance": instance} if instance else {}),
+            **self._training,
+        }
+
+    @property
+    def _training(self) -> dict[str, Any]:
+        """What determines a fit beside the rest where models are fine-tuned."""
+        if self.suite.train is None:
+            return {}
+        return {
+            "training": self.suite.train,
+            "trainer": code_sha256("finetuning"),
+            "trained_by": packages(("peft", "accelerate")),
         }
 
     def shard_key(self, shard: int) -> dict[str, Any]:
         """All that determines a shard's images."""
         images = [[k.prompt.id, k.prompt.text, k.index] for k in self.shards[shard]]
-        fits = [digest(self.fit_key(i)) for i in range(len(self.recipe.parts))]
+        fits = [digest(self.fit_key(i, self.instance(shard))) for i in range(len(self.recipe.parts))]
         key = {
             **self._common,
             "what": "shard",

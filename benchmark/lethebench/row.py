@@ -44,7 +44,7 @@ class ScoreRecord(Spec):
 class Slice(Spec):
     """A score on part of the images."""
 
-    where: dict[str, str | int | bool]
+    where: dict[str, str | int | float | bool]
     name: str
     value: float | None
     low: float | None
@@ -53,8 +53,12 @@ class Slice(Spec):
 
 
 class Cost(Spec):
-    """What the row took. Sparsity and parameters changed are shares of 0 to 1 (of a composition's parts the
-    latter is the sum, at most 1). ``targets`` prompts of ``clusters`` items or concepts were unlearnt.
+    """What the row took; a fit that is done for several instances counts once.
+
+    Sparsity and parameters changed are shares of 0 to 1 (of a composition's parts the latter is the sum, at
+    most 1). ``targets`` prompts of ``clusters`` items or concepts were unlearnt. Of a training-time method
+    ``step_relative_to_plain`` is an optimiser step's time relative to plain LoRA's, by turns in one process
+    (the median over instances), and ``training_state_bytes`` what it held beside the LoRA and its optimiser.
     """
 
     fit_seconds: float
@@ -67,6 +71,8 @@ class Cost(Spec):
     targets: int | None = None
     clusters: int | None = None
     deactivated: dict[str, float] = Field(default_factory=dict)
+    step_relative_to_plain: float | None = None
+    training_state_bytes: int | None = None
 
 
 class SuiteKey(Spec):
@@ -110,6 +116,8 @@ class Row(Spec):
     config: dict[str, Any]
     seeds: dict[str, Any]
     axes: dict[str, dict[str, str]] = Field(default_factory=dict)
+    reference: str = "base"
+    """The method whose row the differences are from."""
     scores: dict[str, ScoreRecord]
     slices: tuple[Slice, ...] = ()
     metrics: dict[str, dict[str, Any]] = Field(default_factory=dict)

@@ -79,12 +79,14 @@ class Extra(Spec):
 class AttackSettings(Spec):
     """What ``lethe attack`` tries on the suite's rows.
 
-    Items are memorized triggers whose never-trained twin the suite draws too; one prompt an item, taken from
-    the kinds by turns in an order drawn from the suite's key, so that a longer list contains the shorter.
+    Items are prompts for what was memorized or learnt whose never-trained twin the suite draws too; one
+    prompt an item, in an order drawn from the suite's key, so that a longer list contains the shorter.
     """
 
     items: int = Field(default=16, ge=2)
     """At most this many, each with its twin."""
+    role: Role = Role.TRIGGER
+    """The items' role."""
     kinds: tuple[str, ...] = ()
     min_duplicates: int | None = None
     set: dict[str, dict[str, Any]] = Field(default_factory=dict)
@@ -102,6 +104,8 @@ class Suite(Spec):
     select: tuple[Selection, ...] = Field(min_length=1)
     sampler: SamplerSettings
     metrics: tuple[MetricSpec, ...] = Field(min_length=1)
+    reference: str = "base"
+    """The method that all rows are compared with: base, or where models are fine-tuned plain LoRA."""
     controls: dict[str, str] = Field(default_factory=dict)
     """Control methods that every run includes, each with its strength or ``all``."""
     suppression: Axis
@@ -113,8 +117,29 @@ class Suite(Spec):
     """Overrides of single methods' settings, by method name: frozen with the suite."""
     also: tuple[Extra, ...] = ()
     """What ``METHOD=all`` runs besides every registered method. No row depends on it."""
+    train: dict[str, Any] | None = None
+    """How methods of the training track fine-tune (``LoraSettings``), the same for all; None: they can't."""
     attack: AttackSettings | None = None
     """How rows are attacked; None: they can't be. No row depends on it."""
+
+    @field_validator("train")
+    @classmethod
+    def _trainable(cls, given: dict[str, Any] | None) -> dict[str, Any] | None:
+        from lethebench.finetuning.settings import LoraSettings
+
+        try:
+            LoraSettings(**(given or {}))
+        except (TypeError, UserError) as error:
+            raise ValueError(str(error).replace("LoraSettings.__init__()", "train")) from error
+        return given
+
+    @model_validator(mode="after")
+    def _of_one_track(self) -> Suite:
+        if (self.train is None) != (self.reference == "base"):
+            raise ValueError(
+                "`train` and `reference` go together: a suite that fine-tunes compares with lora"
+            )
+        return self
 
     @field_validator("metrics")
     @classmethod

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lethebench.bench import Outcome
 
 COLUMNS = ("fbmem.memorized", "fbmem.vm", "copy_mini.rate", "acc_g", "acc_l", "clip_mini.score", "fd_mini")
+"""What is shown where a suite has it, after the scores of the suite's own axes."""
 
 
 def print_summary(outcome: Outcome, page: Path) -> None:
@@ -20,7 +21,9 @@ def print_summary(outcome: Outcome, page: Path) -> None:
     from rich.table import Table
 
     table = Table(title=None)
-    names = [n for n in COLUMNS if any(n in r.scores for r in outcome.rows)]
+    axes = [axis["score"] for row in outcome.rows[:1] for axis in row.axes.values()]
+    first = [n for n in axes if n not in COLUMNS]
+    names = [n for n in (*first, *COLUMNS) if any(n in r.scores for r in outcome.rows)]
     for heading in ("method", "setting", *names):
         table.add_column(heading)
     for row in outcome.rows:

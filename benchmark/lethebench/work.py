@@ -7,6 +7,7 @@ process, in worker processes and on a cluster.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 from lethebench.composition import recipes
 from lethebench.errors import RunError
 from lethebench.method import Artefact, Task, fitted_settings
-from lethebench.plan import RowPlan, Runtime, make_metric, prompt_set
+from lethebench.plan import PlannedFit, RowPlan, Runtime, make_metric, prompt_set
 from lethebench.specs import MetricSpec, Suite
-from lethebench.store import Store
+from lethebench.store import Store, digest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +36,7 @@ class Job:
     """One unit of work, as it travels to another process: names and numbers only."""
 
     what: str
-    """``fit`` (number: part), ``shard`` (number: shard), ``scores`` (number: shard) or ``attack``."""
+    """``fit`` (number: of the plan's fits), ``shard`` (number: shard), ``scores`` (same) or ``attack``."""
     number: int
     suite: Suite
     model: str
@@ -78,7 +79,7 @@ def perform(job: Job) -> None:
     set_threads(job.runtime.threads)
     plan, store = job.plan(), Store(Path(job.store))
     if job.what == "fit":
-        fit_part(plan, job.number, store)
+        fit_part(plan, plan.fits[job.number], store)
     elif job.what == "shard":
         generate_shard(plan, job.number, store)
     elif job.what == "attack":
@@ -124,21 +125,33 @@ def _model(plan: RowPlan) -> Model:
 # --- fit ------------------------------------------------------------------------------------------
 
 
-def fit_part(plan: RowPlan, part: int, store: Store) -> Path:
+def fit_all(plan: RowPlan, store: Store, instance: str = "") -> list[Artefact]:
+    """The artefacts of every part for an instance; fits what the store lacks."""
+    parts = range(len(plan.recipe.parts))
+    return [read_artefact(fit_part(plan, PlannedFit(part, instance), store)) for part in parts]
+
+
+def fit_part(plan: RowPlan, fit: PlannedFit, store: Store) -> Path:
     """Fit one part of the recipe, with the parts before it applied, and store the artefact."""
-    key = plan.fit_key(part)
+    part, instance = fit
+    key = plan.fit_key(*fit)
     found = store.find("fit", key)
     if found is not None:
         return found
-    before = [read_artefact(fit_part(plan, i, store)) for i in range(part)]
+    before = [read_artefact(fit_part(plan, PlannedFit(i, instance), store)) for i in range(part)]
     method, model = plan.recipe.parts[part], _model(plan)
     prompts = prompt_set(plan.suite.prompt_set)
+    checkpoints = store.root / "checkpoints" / digest(key)
     task = Task(
         model,
         plan.suite.sampler,
         prompts,
         method.sees,
-        seed_parts=(plan.suite.key, method.name),
+        seed_parts=(plan.suite.key, method.name, *([instance] if instance else [])),
+        instance=instance,
+        training=plan.suite.train,
+        checkpoints=checkpoints,
+        control=method.control,
         base=partial(_another_model, plan) if part else None,
     )
     with plan.recipe.apply(model, before), peak_memory(plan.runtime.device) as memory:
@@ -146,9 +159,11 @@ def fit_part(plan: RowPlan, part: int, store: Store) -> Path:
         artefact = method.fit(task)
         seconds = time.perf_counter() - began
     measured = {"seconds": seconds, "peak_memory_bytes": memory[0]}
-    return store.put(
+    entry = store.put(
         "fit", key, lambda folder: write_artefact(artefact, folder, measured, fitted_settings(method))
     )
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return entry
 
 
 def write_artefact(
@@ -183,7 +198,7 @@ def generate_shard(plan: RowPlan, shard: int, store: Store) -> Path:
         return found
     artefacts = []
     for part in range(len(plan.recipe.parts)):
-        fitted = store.find("fit", plan.fit_key(part))
+        fitted = store.find("fit", plan.fit_key(part, plan.instance(shard)))
         if fitted is None:
             raise RunError(f"{plan.recipe.parts[part].name} is not fitted")
         artefacts.append(read_artefact(fitted))
@@ -367,6 +382,7 @@ def known_frame(keys: Sequence[ImageKey]) -> pd.DataFrame:
             "category": pd.Series([k.prompt.category for k in keys], dtype="string"),
             "concept": pd.Series([k.prompt.concept for k in keys], dtype="string"),
             "duplicates": pd.Series([k.prompt.duplicates for k in keys], dtype="Int64"),
+            "correlation": pd.Series([k.prompt.correlation for k in keys], dtype="Float64"),
             "trained": pd.Series([k.prompt.trained for k in keys], dtype="boolean"),
             "reference": pd.Series([next(iter(k.prompt.references), None) for k in keys], dtype="string"),
         }

@@ -16,6 +16,7 @@ import pytest
 import lethebench
 from lethebench.bench import plan_rows, run
 from lethebench.errors import UserError
+from lethebench.method import Family
 from lethebench.plan import Runtime
 
 ONE_THREAD = Runtime(threads=1)
@@ -60,7 +61,11 @@ def test_all_methods_means_the_suites_extras_too(tiny_suite: Path) -> None:
     more = suite.model_copy(update={"also": extras})
     plans = [plan_rows(["all"], s, suite.model) for s in (suite, more)]
     named = [[(p.recipe.name, p.recipe.setting) for p in found] for found in plans]
-    methods = {name for name, cls in METHODS.items() if not cls.control and not cls.follows}
+    methods = {
+        name
+        for name, cls in METHODS.items()
+        if not cls.control and not cls.follows and cls.family is not Family.TRAINING
+    }
     assert {name for name, _ in named[0]} == {"base", "blank", *methods}
     assert "retrain" not in methods and "uniforget" in methods
     assert named[1][: len(named[0])] == named[0]

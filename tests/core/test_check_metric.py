@@ -32,7 +32,9 @@ def subjects():
 
     def subject(spec: str) -> metrics.Subject:
         if spec not in made:
-            made[spec] = metrics.Subject(spec, lambda: model, prompt_set("planted"), sampler=SAMPLER)
+            made[spec] = metrics.Subject(
+                spec, lambda: model, prompt_set(METRICS.get(spec).shown), sampler=SAMPLER
+            )
         return made[spec]
 
     return subject

@@ -22,23 +22,25 @@ _REGISTRIES: dict[Kind, Any] = {"method": METHODS, "metric": METRICS}
 def run_checks(
     spec: str,
     model: str = "mini-sd",
-    prompts: str = "planted",
+    prompts: str | None = None,
     *,
     kind: str | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> list[Result]:
     """Every check on a method or metric, a registered name or ``path.py:Class``.
 
-    ``settings`` are a metric's. Raises UserError for an unknown name, setting or kind.
+    ``settings`` are a metric's; ``prompts`` names the prompt set (none: a metric's own). Raises
+    UserError for an unknown name, setting or kind.
     """
     from lethebench.zoo import load_model
 
     if kind_of(spec, kind) == "method":
         if settings:
             raise UserError("a method is checked at its weakest strength: --set is for metrics")
-        method = Subject(spec, load_model(model), prompt_set(prompts))
+        method = Subject(spec, load_model(model), prompt_set(prompts or "planted"))
         return run_all(method, methods.checks(), methods.applicable)
-    metric = metrics.Subject(spec, lambda: load_model(model), prompt_set(prompts), settings)
+    shown = prompt_set(prompts or METRICS.get(spec).shown)
+    metric = metrics.Subject(spec, lambda: load_model(model), shown, settings)
     return run_all(metric, metrics.checks(), metrics.applicable)
 
 

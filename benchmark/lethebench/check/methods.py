@@ -34,6 +34,7 @@ from lethebench.method import (
     fitted_settings,
     settings_of,
 )
+from lethebench.plan import prompt_set
 from lethebench.prompts import PromptSet, Role
 from lethebench.registry import METHODS
 from lethebench.specs import SamplerSettings
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from lethebench.zoo import Model
 
 SUITE = "check@1"
+_TRAINING = {"steps": 2, "batch_size": 2, "rank": 2}
+"""The fine-tuning that training-time methods are checked in."""
 _SAMPLER = SamplerSettings(scheduler="model", num_inference_steps=3, guidance_scale=3.0)
 
 
@@ -67,7 +70,20 @@ class Subject:
     def fit(self, method: Method | None = None) -> Artefact:
         """Fit once more; another setting of the method where one is given."""
         method = method or self.method
-        task = Task(self.model, self.sampler, self.prompts, method.sees, seed_parts=(SUITE,))
+        if method.family is not Family.TRAINING:
+            return method.fit(Task(self.model, self.sampler, self.prompts, method.sees, seed_parts=(SUITE,)))
+        prompts: Any = prompt_set("planted-train")
+        height, width, _ = prompts.examples(prompts.instances[0])[0].image.shape
+        task = Task(
+            self.model,
+            self.sampler.model_copy(update={"height": height, "width": width}),
+            prompts,
+            method.sees,
+            seed_parts=(SUITE,),
+            instance=prompts.instances[0],
+            training=_TRAINING,
+            control=method.control,
+        )
         return method.fit(task)
 
     @cached_property
@@ -331,8 +347,6 @@ def applicable(subject: Subject, name: str) -> str | None:
         return None
     if not subject.supported():
         return f"the method doesn't support models of family {subject.model.family}"
-    if subject.cls.family is Family.TRAINING:
-        return "a training-time method is fitted by the train suite"
     if name == "off_is_base" and subject.cls.off is None:
         has_settings = dataclasses.is_dataclass(subject.cls) and bool(dataclasses.fields(subject.cls))
         if subject.cls.family is not Family.SAMPLING or not has_settings:

@@ -49,7 +49,7 @@ TOLERANCE = 1e-4
 """Absolute and relative: networks in float32 round differently with the size of a batch. Texts are equal."""
 _SAMPLER = SamplerSettings(scheduler="model", num_inference_steps=4, guidance_scale=3.0)
 _SCORE = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*\Z")
-_KINDS = ("verbatim", "foreground", "background", "one-to-many", "redundant-trigger")
+_KINDS = ("verbatim", "foreground", "background", "one-to-many", "redundant-trigger", "caption")
 _INDEXED = ("images", "latents", "noise_norm")
 
 
@@ -104,7 +104,7 @@ class Subject:
             return [p for p in fits if trained is None or p.trained is trained][:count]
 
         copies = [p for kind in _KINDS for p in first(1, Role.TRIGGER, kind)]
-        copies += first(2, Role.CONCEPT) + first(1, Role.CONTROL, "concept")
+        copies += first(2, Role.CONCEPT) + first(1, Role.CONTROL, "concept", "direct")
         others = copies[:2] + first(2, Role.CONTROL, *_KINDS, trained=False)
         others += first(1, Role.CONTROL, "hard-negative") + first(3, Role.NEUTRAL) + first(1, Role.PROBE)
         return [Image(p, 0, True) for p in copies] + [Image(p, 1, False) for p in others]
