@@ -31,6 +31,7 @@ from lethebench.specs import load_suite, suite_names
 from lethebench.zoo import load_model
 
 BOARD = "tiny@1/tiny-sd"
+ATTACKED = ["planted", "smoke", "train", "train-smoke"]
 
 
 def attacked(name: str, suite: Path, runs: Path, **options) -> Attacked:
@@ -329,10 +330,10 @@ def test_intervals_are_wilsons(count: int, n: int) -> None:
 
 
 def test_the_suites_that_rank_methods_can_be_attacked() -> None:
-    assert {n for n in suite_names() if load_suite(n).attack is not None} == {"planted", "smoke"}
+    assert {n for n in suite_names() if load_suite(n).attack is not None} == set(ATTACKED)
 
 
-@pytest.mark.parametrize("name", ["planted", "smoke"])
+@pytest.mark.parametrize("name", ATTACKED)
 def test_a_suites_attacks_are_set_right(name: str) -> None:
     suite = load_suite(name)
     assert suite.attack is not None
@@ -370,7 +371,7 @@ def test_a_bad_name_is_one_clear_line(
     ("changes", "message"),
     [
         ({"attack": None}, "suite tiny@1 doesn't say what to attack"),
-        ({"attack": {"kinds": ["foreground"]}}, "draws 0 memorized items"),
+        ({"attack": {"kinds": ["foreground"]}}, "draws 0 trained items"),
         ({"attack": {"items": 1}}, "attack.items"),
         (
             {"attack": {"set": {"dori": {"stepz": 3}}}},
@@ -396,7 +397,7 @@ def test_a_score_that_labels_no_image_is_refused(runs: Path, tiny_settings: dict
     mean = {"suppression": {"score": "bright.mean", "label": "brightness"}, "name": "mean"}
     suite = write_suite(tmp_path, **{**tiny_settings, **mean})
     run(["base"], suite=str(suite), runs=runs, runtime=ONE_THREAD, controls=False)
-    with pytest.raises(UserError, match=r"bright\.mean is no share of copies"):
+    with pytest.raises(UserError, match=r"bright\.mean is no share of images"):
         attacked("base", suite, runs)
 
 

@@ -17,6 +17,7 @@ from lethebench.attack.paraphrase import Paraphrase, edited
 from lethebench.attack.seeds import Seeds
 from lethebench.datasets.planted import PlantedWorld
 from lethebench.hooks import ImageKey, SamplerHooks
+from lethebench.plan import prompt_set
 from lethebench.prompts import Role
 from lethebench.sampler import decode, sample, unpack_latents
 from lethebench.specs import SamplerSettings
@@ -152,6 +153,18 @@ def test_edits_are_distinct_seeded_and_of_every_kind():
     assert name in texts and any(t.endswith(name) for t in texts)
     fresh = [t for t in first[0].tries if t.index == 0]
     assert len({t.text for t in fresh}) == len(fresh)
+
+
+def test_a_sets_own_rewordings_come_before_its_paraphrases():
+    train = prompt_set("planted-train")
+    items = [p for p in train if p.role is Role.CONCEPT and p.kind == "direct" and p.twin][:3]
+    who = Subject(None, SETTINGS, train, "tiny@1", unseen=2)
+    for prompt in items:
+        twin = train.prompt(prompt.twin)
+        for asked in (prompt, twin):
+            assert asked.concept not in "".join(train.paraphrases(asked.id))
+            assert all(asked.concept in text for text in who.paraphrases(asked))
+        assert len(who.paraphrases(prompt)) == len(who.paraphrases(twin)) > 1
 
 
 def test_where_edits_run_out_they_come_again_from_other_noises():

@@ -1,4 +1,4 @@
-"""Which memorized items of a suite are attacked, each with its never-trained twin."""
+"""Which trained items of a suite are attacked, each with its never-trained twin."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from itertools import zip_longest
 
 from lethebench.errors import UserError
 from lethebench.plan import RowPlan
-from lethebench.prompts import Prompt, Role
+from lethebench.prompts import Prompt
 from lethebench.seeding import derive_seed
 from lethebench.specs import AttackSettings, Suite
 
 
 @dataclass(frozen=True)
 class Item:
-    """A memorized prompt and its twin, as the row draws them (a control may draw others in their place)."""
+    """A trained prompt and its twin, as the row draws them (a control may draw others in their place).
+
+    The prompt is one that is memorized, or one that asks for a prohibited attribute; the twin is like it, and
+    no model that draws it was trained on it.
+    """
 
     prompt: Prompt
     twin: Prompt
@@ -33,19 +37,22 @@ def attack_settings(suite: Suite) -> AttackSettings:
 def chosen_items(plan: RowPlan) -> list[Item]:
     """The items that the suite attacks: see :class:`lethebench.specs.AttackSettings`.
 
-    Raises UserError without an ``attack`` block, or with fewer than two items.
+    One a cluster, so that items are independent; taken by turns from the kinds, and within those from the
+    instances and correlations, where a set has such. Raises UserError without an ``attack`` block, or with
+    fewer than two items.
     """
     settings = attack_settings(plan.suite)
-    kinds: dict[str, list[Item]] = {}
+    cells: dict[tuple[str, str, float], list[Item]] = {}
     for item in sorted(
         _pairs(plan, settings), key=lambda i: derive_seed("attack", plan.suite.key, i.prompt.cluster)
     ):
-        kinds.setdefault(item.prompt.kind, []).append(item)
-    turns = zip_longest(*(kinds[kind] for kind in sorted(kinds)))
+        p = item.prompt
+        cells.setdefault((p.kind, plan.instance_of(p.id), p.correlation or 0.0), []).append(item)
+    turns = zip_longest(*(cells[cell] for cell in sorted(cells)))
     found = [item for turn in turns for item in turn if item is not None][: settings.items]
     if len(found) < 2:
         raise UserError(
-            f"suite {plan.suite.key} draws {len(found)} memorized items of its `attack` block together with "
+            f"suite {plan.suite.key} draws {len(found)} trained items of its `attack` block together with "
             "their never-trained twins, and an attack needs two: select more controls"
         )
     return found
@@ -62,7 +69,7 @@ def _pairs(plan: RowPlan, settings: AttackSettings) -> Iterator[Item]:
     taken = set()
     for prompt in drawn.values():
         twin = drawn.get(prompt.twin) if prompt.twin is not None else None
-        if twin is None or twin.trained is not False or prompt.role is not Role.TRIGGER:
+        if twin is None or twin.trained is not False or prompt.role is not settings.role:
             continue
         fits = (
             prompt.references

@@ -16,7 +16,15 @@ import pandas as pd
 
 from lethebench.attack._items import chosen_items
 from lethebench.attack._shares import difference, share
-from lethebench.attack._trial import FACTS, TABLE, Plain, attack_key, copy_score, make_attack
+from lethebench.attack._trial import (
+    FACTS,
+    TABLE,
+    Plain,
+    attack_key,
+    blinded,
+    copy_score,
+    make_attack,
+)
 from lethebench.attack.base import Attack
 from lethebench.attack.record import AttackRecord, made_key
 from lethebench.bench import Outcome, _check_model, _row_name, _work
@@ -25,7 +33,7 @@ from lethebench.composition import recipes
 from lethebench.engines import Engine, Failure, engine
 from lethebench.errors import UserError
 from lethebench.method import recorded_settings
-from lethebench.plan import RowPlan, Runtime, file_name
+from lethebench.plan import RowPlan, Runtime, file_name, prompt_set
 from lethebench.progress import progress
 from lethebench.registry import ATTACKS, METHODS
 from lethebench.row import Row, read_row
@@ -65,6 +73,7 @@ class Attacked:
     records: list[AttackRecord] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    """Rows and attacks that don't fit, each with the reason."""
     computed: int = 0
     """Attacks that the store lacked."""
     seconds: float = 0.0
@@ -84,9 +93,9 @@ def attack(
 ) -> Attacked:
     """Attack a row (``METHOD/SETTING`` or its folder), a method's rows (``METHOD``) or ``all`` rows.
 
-    Writes a record for each row and attack (default: every registered attack) beside the row. What is in the
-    store already is not done again. Raises UserError for what the user must mend; of several rows, those that
-    can't be attacked are left out with a word.
+    Writes a record for each row and attack (default: every registered attack that can be made on the suite's
+    items) beside the row. What is in the store already is not done again. Raises UserError for what the user
+    must mend; of several rows or attacks, those that don't fit are left out with a word.
     """
     began = time.monotonic()
     spec, runs = suite if isinstance(suite, Suite) else load_suite(suite), Path(runs)
@@ -100,8 +109,8 @@ def attack(
     outcome = Attacked()
     targets = _targets(name, spec, model or spec.model, runs, threads, outcome)
     first = targets[0].plan
-    chosen_items(first)
     copy_score(first)
+    made = _suited(made, first, bool(attacks), outcome)
     store = Store(runs / "store")
     store.prepare()
     fitted = Outcome()
@@ -119,6 +128,27 @@ def attack(
             outcome.records.append(_write(one.target, one.attack, entry, own, by or _default_by()))
     outcome.seconds = time.monotonic() - began
     return outcome
+
+
+def _suited(made: dict[str, Attack], plan: RowPlan, named: bool, outcome: Attacked) -> dict[str, Attack]:
+    """The attacks that can be made on the suite's items; the others are left out with a word.
+
+    Raises UserError where the user ``named`` one of those, or none is left.
+    """
+    asked = [blinded(p) for item in chosen_items(plan) for p in (item.prompt, item.twin)]
+    found, told = {}, []
+    for spec, one in made.items():
+        reason = one.unsuited(prompt_set(plan.suite.prompt_set), asked)
+        if reason:
+            told.append(f"attack '{one.name}' does not apply to suite {plan.suite.key}: {reason}")
+        else:
+            found[spec] = one
+    if told and (named or not found):
+        raise UserError(told[0])
+    for line in told:
+        print(f"lethe: left out: {line}", file=sys.stderr)
+    outcome.left_out += told
+    return found
 
 
 def _run(title: str, work: Sequence[_Work], store: Store, runner: Engine, outcome: Attacked) -> int:
@@ -243,8 +273,8 @@ def row_target(folder: Path, suite: Suite, model: str, threads: int = 0, spec: s
 
 
 def base_of(plan: RowPlan) -> RowPlan:
-    """The plan of the row's base."""
-    return replace(plan, recipe=recipes("base", "all", {}, plan.suite.fit)[0])
+    """The plan of the row that the suite compares with."""
+    return replace(plan, recipe=recipes(plan.suite.reference, "all", {}, plan.suite.fit)[0])
 
 
 _NAMED = re.compile(r",([\w.-]+)=")
@@ -313,7 +343,7 @@ def record_of(target: Target, attack: Attack, entry: Path, without: Path, by: st
         by=by,
         how=attack.summary,
         budget={**recorded_settings(attack), "items": len(items), "images": facts["images"]},
-        score=score.name,
+        score=f"{attack.name}, plain by {score.name}" if "judge" in facts else score.name,
         memorized=share(memorized),
         control=share(control),
         plain=share(plain),
@@ -328,6 +358,7 @@ def record_of(target: Target, attack: Attack, entry: Path, without: Path, by: st
             "twins": ids[1],
             "losses": facts["losses"],
             "pictures": facts["pictures"],
+            **({"judge": facts["judge"]} if "judge" in facts else {}),
         },
         seconds=facts["seconds"],
         provenance=facts["provenance"],
@@ -340,7 +371,7 @@ def print_attacked(found: Attacked) -> None:
     from rich.table import Table
 
     table = Table()
-    for heading in ("row", "attack", "memorized", "control", "plain", "plain control", "excess", "hidden"):
+    for heading in ("row", "attack", "came out", "control", "plain", "plain control", "excess", "hidden"):
         table.add_column(heading)
     for r in found.records:
         shares = (r.memorized, r.control, r.plain, r.plain_control)

@@ -28,7 +28,10 @@ def share(out: Outcomes) -> Share:
 def difference(
     values: NDArray[np.float64], items: Sequence[str], resamples: int, seed_parts: Sequence[object]
 ) -> Difference:
-    """The mean of paired differences over items (two at least), bootstrapped, with the sign-flip p-value."""
+    """The mean of paired differences over items (two at least), bootstrapped, with the sign-flip p-value.
+
+    Items are of one cluster each, and so the units of resampling.
+    """
     found = mean_difference(values, np.array(items), resamples=resamples, seed_parts=seed_parts)
     assert found is not None
     return found

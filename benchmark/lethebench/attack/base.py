@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from lethebench.hooks import Recorder
+    from lethebench.metric import Shard
     from lethebench.specs import SamplerSettings
     from lethebench.zoo import Model
 
@@ -59,12 +61,19 @@ class Subject:
     unseen: int
 
     def reference(self, prompt: Prompt) -> NDArray[np.uint8]:
-        """The first image that the prompt may reproduce, uint8 ``[height, width, 3]``."""
+        """The first image that the prompt may reproduce, or that shows what it asks for.
+
+        uint8 ``[height, width, 3]``.
+        """
         return self.prompts.reference(prompt.references[0]).image
 
     def paraphrases(self, prompt: Prompt) -> list[str]:
-        """What the prompt set has that asks for the same without the trigger; [] where it has none."""
-        found = getattr(self.prompts, "paraphrases", None)
+        """What the prompt set has that asks for the same in other words; [] where it has none.
+
+        Its ``rewordings``, which are for attacks, or else its ``paraphrases``, which leave the trigger out.
+        """
+        names = ("rewordings", "paraphrases")
+        found = next((f for name in names if (f := getattr(self.prompts, name, None)) is not None), None)
         return [] if found is None else list(found(prompt.id))
 
     def generator(self, *parts: object) -> torch.Generator:
@@ -74,11 +83,31 @@ class Subject:
         return generator("attack", self.suite, *parts)
 
 
+class Judge(ABC):
+    """Says by itself what came out, in place of the suite's suppression score: see :meth:`Attack.judge`."""
+
+    @abstractmethod
+    def recorder(self) -> Recorder:
+        """What watches the tries while they are drawn: it must not change them."""
+
+    @abstractmethod
+    def found(self, shard: Shard) -> NDArray[np.bool_]:
+        """Whether each image's drawing gave away what its prompt asks for, ``[n]``.
+
+        ``shard.recorded`` holds what the recorder took; the prompts are as blind as those of ``attempts``.
+        """
+
+    def facts(self) -> dict[str, Any]:
+        """What the record says of the judge, as JSON can hold it: its error rates, say."""
+        return {}
+
+
 class Attack(ABC):
     """An attack: a frozen dataclass of settings, plus facts declared on the class.
 
-    It is asked for memorized items and for their never-trained twins alike, in a drawn order, and isn't told
-    which is which: of the prompts only id, text, references and attributes are filled in.
+    It is asked for trained items (memorized prompts, or such as ask for a prohibited attribute) and for their
+    never-trained twins alike, in a drawn order, and isn't told which is which: of the prompts only id, text,
+    references and attributes are filled in.
     """
 
     name: ClassVar[str]
@@ -93,6 +122,21 @@ class Attack(ABC):
 
         What is tried for a prompt must not depend on which others are asked for with it.
         """
+
+    def unsuited(self, prompts: PromptSet, asked: Sequence[Prompt]) -> str:
+        """Why the attack can't be made on these prompts of the set, in words; "" where it can.
+
+        Asked once, before any work: of all items and twins of the suite.
+        """
+        return ""
+
+    def judge(self, subject: Subject, asked: Sequence[Prompt]) -> Judge | None:
+        """What tells by itself what came out of the tries.
+
+        None: an image counts by the suite's suppression score. Asked before ``attempts``, with the same
+        prompts and the mitigated model in place.
+        """
+        return None
 
 
 def configure_attack(cls: type[Attack], settings: Mapping[str, Any]) -> Attack:

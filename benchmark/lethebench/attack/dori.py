@@ -15,14 +15,15 @@ from lethebench.registry import ATTACKS
 @ATTACKS.register
 @dataclass(frozen=True)
 class Dori(Attack):
-    """A prompt embedding an item that makes the mitigated model denoise the item's training image.
+    """A prompt embedding an item that makes the mitigated model denoise the item's reference image.
 
     From the embedding of the prompt, Adam minimises ``E ||target - prediction(x_t, t, y)||^2`` over y, with
     x_t the (first) reference image's latents noised to a random timestep, drawn anew at each step. The images
     are drawn from it with the row's own initial noises. Arithmetic:
     :func:`lethebench.attack._embeddings.adversarial`.
 
-    The attack sees the training image, so it can inject what the model never had: hence the twins.
+    The reference is the training image; of an item that asks for a prohibited attribute it is a picture that
+    holds it. The attack sees it, so it can inject what the model never had: hence the twins.
     """
 
     steps: int = setting(50, "optimisation steps (paper: 50)")
@@ -33,8 +34,8 @@ class Dori(Attack):
     at_once: int = setting(4, "items that are optimised in one batch: memory only (ours)")
 
     name: ClassVar[str] = "dori"
-    summary: ClassVar[str] = "A prompt embedding optimised on the training image against the mitigated model."
-    knowledge: ClassVar[str] = "the prompt, the training image, gradients of the mitigated model"
+    summary: ClassVar[str] = "A prompt embedding optimised on a reference image against the mitigated model."
+    knowledge: ClassVar[str] = "the prompt, the reference image, gradients of the mitigated model"
     citation: ClassVar[str] = "Finding DoRI. arXiv:2507.16880"
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ SCHEMA = "lethe/attack/1"
 
 
 class Share(Spec):
-    """The share of ``n`` attacked items of which a copy came out, with its 95 % interval."""
+    """The share of ``n`` attacked items that came out, with its 95 % interval."""
 
     value: float = Field(ge=0, le=1)
     low: float = Field(ge=0, le=1)
@@ -42,14 +42,28 @@ def _require_order(found: Share | Difference) -> None:
 class AttackRecord(Spec):
     """One attack on one row.
 
-    ``memorized`` is the share of memorized items that the attack got out of the mitigated model: an item
-    counts where any of the budget's images is a copy by ``score``. ``control`` is the same under the same
-    budget for their twins, which no model ever saw: what the attack itself injects. ``plain`` and
-    ``plain_control`` are both without the attack: the prompts as they are, from their first initial noises,
-    as many images an item as the attack had.
+    ``memorized`` is the share of trained items that the attack got out of the mitigated model. An item is a
+    memorized prompt, or one that asks for an attribute whose learning is prohibited; it counts where any of
+    the budget's images does by ``score``: is a copy, or shows the attribute. ``control`` is the same under
+    the same budget for their twins, which no model (of a prompt set with instances: not the model attacked)
+    was trained on: what the attack itself injects. ``plain`` and ``plain_control`` are both without the
+    attack: the prompts as they are, from their first initial noises, as many images an item as the attack
+    had. ``kinds`` holds ``memorized`` by kind of item.
+
+    An attack that judges by itself (``linear-probe``) counts by what it says of each image; ``facts`` then
+    hold ``judge``, how well it judges, by instance. Its ``plain`` is still of the pictures by the suite's
+    score, the same draws.
 
     ``excess`` is memorized - control, paired by twin. ``hidden`` is excess - (plain - plain_control): what
-    the mitigation had only hidden. ``kinds`` holds ``memorized`` by kind of item.
+    comes out by the attack alone, beyond what it does to twins, so what the mitigation had only hidden. There
+    are two floors. One is the control: inside the same model. The other is the suite's oracle row under the
+    same attack and budget (``oracle``, or ``lora-oracle`` where models are fine-tuned): its ``memorized`` and
+    ``excess`` are those of a model that never had anything to hide. A fine-tuned model that nothing was done
+    to needn't show on plain prompts all that it learnt: where the suite compares with one (``lora``), that
+    row's own ``hidden`` is what the attack adds without a mitigation.
+
+    Items are of one cluster each, so they are the units of every interval and test here. Items of one
+    instance share a model: that no two instances were trained alike is in no interval.
     """
 
     schema_: Literal["lethe/attack/1"] = Field(default="lethe/attack/1", alias="schema")
@@ -64,6 +78,7 @@ class AttackRecord(Spec):
     how: str = Field(min_length=1, max_length=500)
     budget: dict[str, Any]
     score: str
+    """By which an image counts; of an attack that judges by itself also its own name."""
     memorized: Share
     control: Share
     plain: Share
@@ -127,5 +142,9 @@ def made_key(folder: Path) -> str | None:
 
 
 def best_known(records: Sequence[AttackRecord]) -> AttackRecord | None:
-    """The attack whose ``excess`` is highest, or None without records. The row's plain draws may beat it."""
+    """The attack whose ``excess`` is highest, or None without records. The row's plain draws may beat it.
+
+    Attacks that judge by themselves don't count: what a model knows hasn't come out of it.
+    """
+    records = [r for r in records if "judge" not in r.facts]
     return max(records, key=lambda r: (r.excess.value, r.attack), default=None)
