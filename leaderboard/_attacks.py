@@ -10,12 +10,16 @@ from dataclasses import dataclass, replace
 from lethebench.attack.record import AttackRecord, Share, best_known
 from lethebench.leaderboard import _format as fmt
 from lethebench.leaderboard._plot import CHARACTER, Scale, Tick, clipped, ticks
+from lethebench.leaderboard._rows import BASE, floor_of, reference_of
 from lethebench.row import Difference, Row
 
 PERCENT = fmt.NumberFormat(1, percent=True)
 HIDES, NOT_TOLD_APART, REFERENCE = "hides", "not told apart", "reference"
-REFERENCES = ("base", "oracle")
-"""Rows that nothing was removed from: they have no verdict, but give the ceiling and the floor."""
+
+
+def references(reference: str) -> tuple[str, str]:
+    """Rows that nothing was removed from: they have no verdict, but give the ceiling and the floor."""
+    return reference, floor_of(reference)
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,12 @@ class Best:
 
 
 def best(records: Sequence[AttackRecord]) -> Best | None:
-    """The largest of the attacks' ``excess`` and of plain - plain_control; None without records."""
-    found = [Best(r.excess.value, r.excess.low, r.excess.high, r, False) for r in records]
+    """The largest of the attacks' ``excess`` and of plain - plain_control; None without records.
+
+    Of attacks that judge by themselves only their plain draws count.
+    """
+    drawn = [r for r in records if "judge" not in r.facts]
+    found = [Best(r.excess.value, r.excess.low, r.excess.high, r, False) for r in drawn]
     found += [Best(*newcombe(r.plain, r.plain_control), r, True) for r in records]
     return max(found, key=lambda b: (b.value, not b.plain, b.record.attack), default=None)
 
@@ -49,12 +57,12 @@ def newcombe(a: Share, b: Share) -> tuple[float, float, float]:
     return value, low, high
 
 
-def verdict(record: AttackRecord, attacks: int = 1) -> str:
-    """``hides`` where more came out than without the attack, told apart; base and the oracle are references.
+def verdict(record: AttackRecord, attacks: int = 1, reference: str = BASE) -> str:
+    """``hides`` where more came out than without the attack, told apart; ``references`` have none.
 
     Told apart at 5 % by the sign-flip test, its p-value times the number of attacks on the row (Bonferroni).
     """
-    if record.method in REFERENCES:
+    if record.method in references(reference):
         return REFERENCE
     return HIDES if record.hidden.value > 0 and record.hidden.p * attacks < 0.05 else NOT_TOLD_APART
 
@@ -70,8 +78,8 @@ def budget(record: AttackRecord) -> str:
     )
 
 
-def note(found: Best) -> str:
-    """Who got it and how, in words."""
+def note(found: Best, training: bool = False) -> str:
+    """Who got it and how, in words; in ``training`` what is got out is an attribute, no copy."""
     r = found.record
     if found.plain:
         raw, control = r.plain, r.plain_control
@@ -79,8 +87,9 @@ def note(found: Best) -> str:
     else:
         raw, control = r.memorized, r.control
         who = f"{best_name(r)}\n{r.how}\nBudget: {budget(r) or 'not recorded'}"
-    shares = f"Memorized: {share(raw)}; control: {share(control)}"
-    return f"{who}\n{shares}\n{r.memorized.n} items, copies by {r.score}"
+    what, judged = ("Found", "judged") if training else ("Memorized", "copies")
+    shares = f"{what}: {share(raw)}; control: {share(control)}"
+    return f"{who}\n{shares}\n{r.memorized.n} items, {judged} by {r.score}"
 
 
 def best_name(record: AttackRecord) -> str:
@@ -105,6 +114,14 @@ HEADINGS = (
     ("Plain control", "The same for the twins."),
     ("Hidden", "Excess less what is in excess without the attack: what the mitigation had only hidden."),
 )
+TRAINING_HEADINGS = (
+    ("Found", "Share of the items of which the attack got the prohibited attribute out, in percent."),
+    ("Control", "The same attack on attributes that were never trained: what the attack itself injects."),
+    ("Excess", "Found less control."),
+    ("Plain", "Share of the items that show the attribute without the attack, in as many images of each."),
+    ("Plain control", "The same for the controls."),
+    HEADINGS[-1],
+)
 
 
 @dataclass(frozen=True)
@@ -121,14 +138,14 @@ class AttackLine:
     verdict: str
 
 
-def attack_lines(records: Sequence[AttackRecord]) -> list[AttackLine]:
+def attack_lines(records: Sequence[AttackRecord], reference: str = BASE) -> list[AttackLine]:
     """The attacks on a row, the strongest first."""
     ordered = sorted(records, key=lambda r: (-r.excess.value, r.attack))
     return [
         AttackLine(
             r.attack, r.by, r.how, budget(r), r.score, r.memorized.n,
             _figures(r.memorized, r.control, r.excess, r.plain, r.plain_control, r.hidden),
-            verdict(r, len(records)),
+            verdict(r, len(records), reference),
         )
         for r in ordered
     ]  # fmt: skip
@@ -160,7 +177,12 @@ class Finding:
     @property
     def verdict(self) -> str:
         """Whether the row only hides."""
-        return verdict(self.record, self.attacks)
+        return verdict(self.record, self.attacks, self.row.reference)
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether nothing was removed from the row."""
+        return self.row.method in references(self.row.reference)
 
     @property
     def name(self) -> str:
@@ -193,7 +215,7 @@ class Dumbbell:
 
 @dataclass(frozen=True)
 class Reference:
-    """A vertical line: base's best known or the oracle's."""
+    """A vertical line: the best known of the row that others are compared with, or the oracle's."""
 
     name: str
     at: float
@@ -225,6 +247,8 @@ class Section:
     findings: tuple[Finding, ...]
     untold: int
     """Rows with results that nobody attacked."""
+    training: bool = False
+    """Whether models are fine-tuned: not what was removed is asked for, but what was not learnt."""
 
     @property
     def summary(self) -> str:
@@ -238,7 +262,8 @@ class Section:
             return f"Of {many}, none is shown to hide."
         most, shown = hiding[0], PERCENT(hiding[0].record.hidden.value)
         hide = "hides what it seems" if len(hiding) == 1 else "hide what they seem"
-        return f"Of {many}, {len(hiding)} {hide} to remove: most {most.name}, {shown} points."
+        verb = "keep out" if self.training else "remove"
+        return f"Of {many}, {len(hiding)} {hide} to {verb}: most {most.name}, {shown} points."
 
 
 def section(
@@ -255,13 +280,13 @@ def section(
     found.sort(key=lambda f: (-f.record.hidden.value, -f.best.value, f.row.key))
     ok = sum(row.status == "ok" for row in rows)
     pictures = (_picture(found, 1000, 20.0, 270.0, 2), _picture(found, 380, 34.0, 12.0, 1))
-    return Section(pictures, tuple(found), ok - len(found))
+    return Section(pictures, tuple(found), ok - len(found), reference_of(rows) != BASE)
 
 
 def _picture(found: Sequence[Finding], width: int, step: float, left: float, every: int) -> Picture:
     """One line a row but the references, which are vertical lines."""
     above = left < 100
-    lines = [f for f in found if f.row.method not in REFERENCES]
+    lines = [f for f in found if not f.is_reference]
     values = [v for f in found for v in (f.plain, f.best.value)] + [0.0]
     values += [v for f in lines for v in (f.best.low, f.best.high)]
     low, high = min(values), max(values)
@@ -288,7 +313,7 @@ def _picture(found: Sequence[Finding], width: int, step: float, left: float, eve
 
 
 def _references(found: Sequence[Finding], scale: Scale) -> tuple[Reference, ...]:
-    at = sorted((scale(f.best.value), f.row.method) for f in found if f.row.method in REFERENCES)
+    at = sorted((scale(f.best.value), f.row.method) for f in found if f.is_reference)
     near = len(at) == 2 and at[1][0] - at[0][0] < 60
     anchors = ("end", "start") if near else ("middle", "middle")
     return tuple(Reference(name, x, anchor) for (x, name), anchor in zip(at, anchors, strict=False))

@@ -18,8 +18,18 @@ from typing import TYPE_CHECKING, Any
 from lethebench.attack.record import AttackRecord
 from lethebench.leaderboard import _attacks
 from lethebench.leaderboard import _format as fmt
-from lethebench.leaderboard._columns import GROUPS, Cell, Column, columns, missing_cell, place, score_names
+from lethebench.leaderboard._columns import (
+    GROUPS,
+    SLICED,
+    Cell,
+    Column,
+    columns,
+    missing_cell,
+    place,
+    score_names,
+)
 from lethebench.leaderboard._curves import LOSS, MAX_LOSS, Curve, Estimate, Front, curves, front, resample
+from lethebench.leaderboard._doses import Pair, by_copies, by_correlation, by_setting
 from lethebench.leaderboard._latents import Section as LatentSection
 from lethebench.leaderboard._latents import section as latent_section
 from lethebench.leaderboard._pictures import (
@@ -37,17 +47,21 @@ from lethebench.leaderboard._plot import (
     NEAR,
     SHAPES,
     Axis,
-    DoseLine,
-    DosePoint,
     Panel,
     Point,
     Scatter,
     Series,
-    panel,
     scatter,
 )
 from lethebench.leaderboard._rank import Rank, rank_rows
-from lethebench.leaderboard._rows import Entry, in_strength_order
+from lethebench.leaderboard._rows import (
+    BASE,
+    Entry,
+    floor_of,
+    in_strength_order,
+    measured,
+    reference_of,
+)
 from lethebench.leaderboard._tables import read_table
 from lethebench.leaderboard._targets import Section as TargetSection
 from lethebench.leaderboard._targets import section as target_section
@@ -60,7 +74,16 @@ DEFAULT_AXES = {
     "suppression": {"score": "fbmem.memorized", "label": "Images still memorized"},
     "adherence": {"score": "clip_mini.score", "label": "Adherence"},
 }
-CONTROL_ORDER = ("base", "oracle", "blank", "random-tokens", "random-pruning", "magnitude-pruning")
+CONTROL_ORDER = (
+    "base",
+    "lora-oracle",
+    "oracle",
+    "blank",
+    "random-tokens",
+    "random-pruning",
+    "magnitude-pruning",
+)
+"""After the row that all are compared with."""
 KNOWLEDGE = {
     "neutral-prompts": "neutral prompts",
     "memorized-prompts": "memorized prompts",
@@ -75,6 +98,7 @@ FAMILIES = {
     "training": "Act while training (dotted)",
 }
 CONTROLS = "Controls"
+Metrics = Mapping[str, Mapping[str, Any]]
 _LEAD_LABELS = {"VM": 0, "FM": 1, "BM": 2}
 
 
@@ -84,8 +108,8 @@ class SliceTable:
 
     title: str
     headings: tuple[str, ...]
-    lines: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
-    """(value of the condition, ((text, interval), ...))."""
+    lines: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...]
+    """(value of the condition, a note on all its cells, ((text, note), ...))."""
 
 
 @dataclass(frozen=True)
@@ -128,11 +152,13 @@ class Line:
     attacks: tuple[AttackRecord, ...]
     metrics_text: str
     """What the row alone records of its metrics, as indented JSON; empty where others record the same."""
+    made_with: Metrics
+    """Weights, data and packages that other rows don't have alike."""
 
     @property
     def attack_lines(self) -> list[_attacks.AttackLine]:
         """The attacks on the row, the strongest first."""
-        return _attacks.attack_lines(self.attacks)
+        return _attacks.attack_lines(self.attacks, self.row.reference)
 
     @property
     def knowledge(self) -> list[str]:
@@ -155,10 +181,14 @@ class Line:
         cost = self.row.cost
         if cost is None:
             return []
+        ratio, step = cost.relative_to_base, cost.step_relative_to_plain
+        base = "base" if self.row.reference == BASE else "the model before fine-tuning"
         pairs = [
             ("Fit", fmt.seconds(cost.fit_seconds)),
             ("Time an image", fmt.seconds(cost.seconds_per_image)),
-            ("Relative to base", "" if cost.relative_to_base is None else f"{cost.relative_to_base:.2f}×"),
+            (f"Relative to {base}", "" if ratio is None else f"{ratio:.2f}×"),
+            ("A step, relative to plain LoRA", "" if step is None else f"{step:.2f}×"),
+            ("Held beside the LoRA", fmt.size(cost.training_state_bytes)),
             ("Peak memory", fmt.size(cost.peak_memory_bytes)),
             ("Peak memory of the fit", fmt.size(cost.fit_peak_memory_bytes)),
             ("Unlearnt prompts", "" if cost.targets is None else str(cost.targets)),
@@ -192,6 +222,10 @@ class Board:
     panels: list[Panel]
     """Plots and curves leave out settings with single values overridden, where a method has named ones."""
     dose_where: str
+    correlated: list[Pair]
+    """By how often what is wanted comes with what must not be learnt."""
+    sweeps: list[Pair]
+    """By single settings; none where nothing is fine-tuned."""
     targets: TargetSection | None
     curves: list[Curve]
     images: int
@@ -203,10 +237,45 @@ class Board:
     """None where no row was attacked."""
     metrics_text: str
     """What all rows record alike of their metrics, as indented JSON."""
+    made_with: Metrics
+    """Weights, data and packages of all rows."""
     unranked: str
     """Why there are no ranks; empty where there are."""
     latents: LatentSection | None
     """UniForget's Figures 4 and 5; None unless base and a method have latents."""
+    reference: str = BASE
+    """The method that all rows are compared with."""
+
+    @property
+    def training(self) -> bool:
+        """Whether models are fine-tuned: the training-time track."""
+        return self.reference != BASE
+
+    @property
+    def floor(self) -> str:
+        """The control that never saw what must not be drawn."""
+        return floor_of(self.reference)
+
+    @property
+    def floor_suppression(self) -> str:
+        """The share of the reference's headline score that is gone in the floor; empty where unknown."""
+        from lethebench import stats
+
+        ends = [measured([x.row for x in self.lines], name) for name in (self.reference, self.floor)]
+        found = [None if r is None else r.scores.get(self.headline) for r in ends]
+        base, floor = (None if s is None else s.value for s in found)
+        return "" if base is None or floor is None else fmt.percent(stats.suppression(floor, base))
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether images are labelled VM, FM, BM or NM."""
+        return any(c.key.startswith("fbmem.") for c in self.columns)
+
+    def reference_word(self, picture: Picture) -> str:
+        """What the left image of a triplet is."""
+        if self.training and picture.role != "trigger":
+            return "reference"
+        return "held-out image" if picture.held_out else "training image"
 
     @property
     def lines(self) -> list[Line]:
@@ -280,9 +349,13 @@ class Board:
 
     @property
     def lead(self) -> list[Picture]:
-        """The first triplets of that row that have all three images, verbatim copies by base first."""
+        """The first triplets of that row that have all three images, verbatim copies by base first.
+
+        Where models are fine-tuned those that ask for what must not be learnt.
+        """
         line = self.lead_line
         whole = [p for p in line.pictures if p.reference and p.base and p.method] if line else []
+        whole = [p for p in whole if p.role == "concept" or not self.training]
         return sorted(whole, key=lambda p: _LEAD_LABELS.get(p.before, len(_LEAD_LABELS)))[:3]
 
     @property
@@ -303,17 +376,18 @@ class Board:
     @property
     def curve_headings(self) -> list[tuple[str, str]]:
         """Headings of the table of curves, with what they mean."""
-        at, most = f"{LOSS * 100:.0f} %", f"{MAX_LOSS * 100:.0f} %"
+        at, most, base = f"{LOSS * 100:.0f} %", f"{MAX_LOSS * 100:.0f} %", self.reference
+        what = "leak" if self.training else "memorization"
         return [
             (
                 f"Suppressed at {at} loss ↑",
-                f"The share of base's memorization that is gone where {at} of base's adherence is lost, with "
+                f"The share of {base}'s {what} that is gone where {at} of {base}'s adherence is lost, with "
                 "straight lines between settings. In percent, with its 95 % interval.",
             ),
             (
                 "Area ↑",
-                f"The mean suppression over losses of 0 to {most} of base's adherence. In percent, with its "
-                "95 % interval.",
+                f"The mean suppression over losses of 0 to {most} of {base}'s adherence. In percent, with "
+                "its 95 % interval.",
             ),
         ]
 
@@ -335,7 +409,7 @@ class Board:
     @property
     def attack_headings(self) -> Sequence[tuple[str, str]]:
         """Headings of a row's table of attacks, with what they mean."""
-        return _attacks.HEADINGS
+        return _attacks.TRAINING_HEADINGS if self.training else _attacks.HEADINGS
 
     @property
     def near(self) -> int:
@@ -345,13 +419,14 @@ class Board:
     @property
     def doses(self) -> list[int]:
         """Every number of copies on the panels."""
-        return sorted({d for p in self.panels for d in p.doses})
+        return sorted({int(d) for p in self.panels for d in p.doses})
 
     @property
     def dose_lines(self) -> list[tuple[str, str, list[str]]]:
         """The panels as a table: method, setting, the share at each number of copies in percent."""
         percent = fmt.NumberFormat(1, percent=True)
-        drawn = [("base", p.base.line) for p in self.panels[:1] if p.base]
+        drawn = [(self.reference, p.base.line) for p in self.panels[:1] if p.base]
+        drawn += [(self.floor, p.floor.line) for p in self.panels[:1] if p.floor]
         drawn += [(p.title, x.line) for p in self.panels for x in p.lines]
         return [
             (name, line.name, [percent({p.dose: p.value for p in line.points}.get(d)) for d in self.doses])
@@ -365,8 +440,8 @@ class Board:
 
     @property
     def base(self) -> Line | None:
-        """The unmitigated model's row."""
-        return next((x for x in self.controls if x.row.method == "base"), None)
+        """The row that all are compared with: the unmitigated model's, or the suite's ``reference``."""
+        return next((x for x in self.lines if x.row.method == self.reference), None)
 
 
 def boards(
@@ -393,6 +468,7 @@ def _board(
     looks = _looks([e.row for e in entries])
     attacks = [e.attacks for e in entries]
     alike = _alike([e.row.metrics for e in entries if e.row.metrics])
+    made_with = _alike([_made_with(e.row) for e in entries])
     found = columns([e.row for e in entries], headline, adherence, attacks)
     pictures = _pictures(entries, tables, store, count)
     lines = [
@@ -409,6 +485,7 @@ def _board(
             scores=_score_lines(e.row, found, i),
             attacks=e.attacks,
             metrics_text=_indented(_without(e.row.metrics, alike)),
+            made_with=_without(_made_with(e.row), made_with),
         )
         for i, e in enumerate(entries)
     ]
@@ -418,8 +495,11 @@ def _board(
     shown = [x for x in lines if not named[x.row.method] or x in named[x.row.method]]
     best = front([x.row for x in shown], drawn, headline, adherence)
     series = _series(lines, shown, headline, adherence, found, best)
-    panels, where = _panels(shown, headline)
-    of_base = next((x.row for x in lines if x.row.method == "base" and x.row.status == "ok"), None)
+    panels, where = by_copies(shown, headline)
+    reference = reference_of(rows)
+    axis_columns = [c for key in (headline, adherence) for c in found if c.key == key]
+    colours = {m: look[0] for m, look in looks.items()}
+    of_base = measured(rows, reference)
     record = None if of_base is None else of_base.scores.get(headline)
     table = tables.get(of_base.key) if of_base is not None else None
     return Board(
@@ -430,10 +510,12 @@ def _board(
         controls=[x for x in lines if x.row.control],
         methods=[x for x in lines if not x.row.control],
         columns=found,
-        plot=_plots(series, found, axes, best, {x.row.key: x.id for x in lines}),
+        plot=_plots(series, found, axes, best, {x.row.key: x.id for x in lines}, reference),
         panels=panels,
         dose_where=where,
-        targets=target_section(rows, adherence, {m: look[0] for m, look in looks.items()}),
+        correlated=by_correlation(shown, axis_columns),
+        sweeps=by_setting(rows, axis_columns, colours) if reference != BASE else [],
+        targets=target_section(rows, adherence, colours),
         curves=curves([x.row for x in shown], drawn, headline, adherence),
         images=0 if table is None else len(table),
         headline_images=0 if record is None else record.n,
@@ -441,16 +523,20 @@ def _board(
         resolution=_resolution(rows, headline),
         attacks=_attacks.section(rows, {x.row.key: x.id for x in lines}, attacks),
         metrics_text=_indented(alike),
+        made_with={what: told for what, told in made_with.items() if told},
         unranked=unranked,
         latents=latent_section(name, lines),
+        reference=reference,
     )
 
 
-Metrics = Mapping[str, Mapping[str, Any]]
+def _made_with(row: Row) -> Metrics:
+    p = row.provenance
+    return {"Weights": p.weights_sha256, "Data": p.data_sha256, "Packages": p.packages}
 
 
 def _alike(found: Sequence[Metrics]) -> Metrics:
-    """What every row that has a metric records of it with the same value."""
+    """What every row that has a metric (or a kind of file) records of it with the same value."""
     result: dict[str, dict[str, Any]] = {}
     for name in sorted({n for metrics in found for n in metrics}):
         first, *others = [metrics[name] for metrics in found if name in metrics]
@@ -477,22 +563,32 @@ def _lead_order(line: Line) -> tuple[Any, ...]:
 
 
 def _verdict(board: Board) -> str:
-    column, base = board.column(board.headline), board.base
-    if column is None or not board.leaders:
+    if board.column(board.headline) is None or not board.leaders:
         return ""
-    shown = [board.cell(x, column.key) for x in board.leaders]
-    order = sorted(shown, key=lambda c: c.sort or 0.0)
+    names = list(dict.fromkeys(f"{x.row.method} ({x.row.setting})" for x in board.leaders))
+    told = _told(board, "suppression")
+    if board.training and board.column(board.adherence) is not None:
+        told += f" {_told(board, 'adherence')}"
+    if len(names) == 1:
+        return f"{names[0]} leads. {told}"
+    listed = f"{', '.join(names[:-1])} and {names[-1]}" if len(names) <= 4 else f"{len(names)} rows"
+    return f"{listed} share the lead: the data can’t tell them apart. {told}"
+
+
+def _told(board: Board, axis: str) -> str:
+    """The leaders on an axis, against the row that all are compared with and in training the floor."""
+    column = board.column(board.axes[axis]["score"])
+    assert column is not None
+    order = sorted((board.cell(x, column.key) for x in board.leaders), key=lambda c: c.sort or 0.0)
     low, high = order[0].text, order[-1].text
     unit = " %" if column.unit == "%" else ""
     span = f"{low}{unit}" if low == high else f"{low} to {high}{unit}"
-    of_base = board.cell(base, column.key).text if base is not None and not base.failed else ""
-    against = f", against {of_base}{unit} for base" if of_base else ""
-    names = list(dict.fromkeys(f"{x.row.method} ({x.row.setting})" for x in board.leaders))
-    what = board.axes["suppression"].get("label") or column.label
-    if len(names) == 1:
-        return f"{names[0]} leads. {what}: {span}{against}."
-    listed = f"{', '.join(names[:-1])} and {names[-1]}" if len(names) <= 4 else f"{len(names)} rows"
-    return f"{listed} share the lead: the data can’t tell them apart. {what}: {span}{against}."
+    ends = [board.reference, board.floor] if board.training else [board.reference]
+    rows = [next((x for x in board.lines if x.row.method == end and not x.failed), None) for end in ends]
+    texts = [(x.row.method, board.cell(x, column.key).text) for x in rows if x is not None]
+    against = " and ".join(f"{text}{unit} for {name}" for name, text in texts if text)
+    what = board.axes[axis].get("label") or column.label
+    return f"{what}: {span}{f', against {against}' if against else ''}."
 
 
 def _line_id(row: Row) -> str:
@@ -515,7 +611,7 @@ def _order(
         rows = [e.row for e in by_method[method]]
         if rows[0].control:
             known = CONTROL_ORDER.index(method) if method in CONTROL_ORDER else len(CONTROL_ORDER)
-            return (0, known, 0.0, method)
+            return (0, -1 if method == rows[0].reference else known, 0.0, method)
         first = min((ranks[r.key].first or 10**6 for r in rows), default=10**6)
         return (1, first, min((_better_first(r, headline) for r in rows), default=0.0), method)
 
@@ -564,11 +660,11 @@ def _pictures(
     found: dict[Any, list[Picture]] = {e.row.key: [] for e in entries}
     if not with_table:
         return found
-    base = next((e for e in with_table if e.row.method == "base"), None)
+    base = next((e for e in with_table if e.row.method == e.row.reference), None)
     guide = base or with_table[0]
     table = tables[guide.row.key]
     assert table is not None
-    keys = choose(table, "/".join(guide.row.key[:2]), count)
+    keys = choose(table, "/".join(guide.row.key[:2]), count, guide.row.reference != BASE)
     base_lines = lookup(tables[base.row.key], keys) if base else {}
     references = guide.folder.parents[2] / "references"
 
@@ -602,7 +698,7 @@ def _slice_tables(row: Row) -> list[SliceTable]:
     """A table for each condition: the scores on memorization and concepts. The row has the others."""
     groups: dict[tuple[str, ...], list[Slice]] = {}
     for s in row.slices:
-        if place(s.name)[1] in ("memorization", "concepts"):
+        if place(s.name)[1] in SLICED:
             groups.setdefault(tuple(sorted(s.where, key=lambda k: (k != "kind", k))), []).append(s)
     return [_slice_table(keys, groups[keys], row) for keys in sorted(groups, key=lambda k: (len(k), k))]
 
@@ -614,21 +710,26 @@ def _slice_table(keys: tuple[str, ...], slices: Sequence[Slice], row: Row) -> Sl
     values = sorted({v for v, _ in cells}, key=lambda v: [(isinstance(x, str), x) for x in v])
     lines = []
     for value in values:
-        shown = tuple(_slice_cell(cells.get((value, n)), row.scores[n]) for n in names)
-        lines.append((", ".join(str(v) for v in value), shown))
+        found = [cells.get((value, n)) for n in names]
+        counts = {s.n for s in found if s is not None and s.value is not None}
+        each = len(counts) > 1
+        shown = tuple(_slice_cell(s, row.scores[n], each) for s, n in zip(found, names, strict=True))
+        note = "" if each or not counts else f"{counts.pop()} images"
+        lines.append((", ".join(str(v) for v in value), note, shown))
     headings = [
         place(n)[0] + (" %" if fmt.is_share(row.scores[n].bounds, row.scores[n].unit) else "") for n in names
     ]
     return SliceTable("By " + " and ".join(keys), tuple(headings), tuple(lines))
 
 
-def _slice_cell(found: Slice | None, record: ScoreRecord) -> tuple[str, str]:
+def _slice_cell(found: Slice | None, record: ScoreRecord, with_count: bool) -> tuple[str, str]:
     if found is None or found.value is None:
         return "", "not measured"
     values = [v for v in (found.value, found.low, found.high) if v is not None]
     number = fmt.number_format(values, record.bounds, record.unit)
     interval = number.interval(found.low, found.high)
-    return number(found.value), f"{interval}, {found.n} images" if interval else f"{found.n} images"
+    count = f"{found.n} images" if with_count else ""
+    return number(found.value), ", ".join(t for t in (interval, count) if t)
 
 
 # --- plots ----------------------------------------------------------------------------------------
@@ -685,6 +786,7 @@ def _plots(
     axes: Mapping[str, Mapping[str, str]],
     best: Front,
     ids: Mapping[Any, str],
+    reference: str,
 ) -> tuple[Scatter, Scatter] | None:
     if not series:
         return None
@@ -700,49 +802,5 @@ def _plots(
         both.append(Axis(label + (" (%)" if number.percent else ""), short, column.direction))
     on = frozenset(ids[key] for key in best.rows)
     x, y = both
-    wide = scatter(series, x, y, on, best.resampled, 1080, 600, len(series))
-    return wide, scatter(series, x, y, on, best.resampled, 380, 500, 10)
-
-
-def _panels(lines: Sequence[Line], headline: str) -> tuple[list[Panel], str]:
-    """The dose-response of each method beside base, on the condition that most rows were sliced by."""
-    conditions: dict[tuple[tuple[str, Any], ...], int] = {}
-    for line in lines:
-        for s in line.row.slices:
-            if s.name == headline and "duplicates" in s.where and s.value is not None:
-                rest = tuple(sorted((k, v) for k, v in s.where.items() if k != "duplicates"))
-                conditions[rest] = conditions.get(rest, 0) + 1
-    if not conditions:
-        return [], ""
-    condition = min(conditions, key=lambda c: (-conditions[c], len(c), repr(c)))
-    drawn = {line.id: _dose(line.row, headline, dict(condition)) for line in lines}
-    base = next((d for x in lines if x.row.method == "base" and (d := drawn[x.id])), None)
-    tops = [p.value for d in drawn.values() if d for p in d.points]
-    tops += [p.high for p in (base.points if base else ()) if p.high is not None]
-    result = []
-    for method, group in groupby((x for x in lines if not x.row.control), key=lambda x: x.row.method):
-        members = list(group)
-        doses = [d for x in members if (d := drawn[x.id]) is not None]
-        if doses:
-            steps = max(1, len(doses) - 1)
-            shaded = [
-                DoseLine(d.name, d.points, i / steps if len(doses) > 1 else 1.0) for i, d in enumerate(doses)
-            ]
-            result.append(panel(method, members[0].colour, base, shaded, max(tops, default=1.0) or 1.0))
-    return result, ", ".join(f"{k} {v}" for k, v in condition)
-
-
-def _dose(row: Row, headline: str, condition: Mapping[str, Any]) -> DoseLine | None:
-    points = sorted(
-        (
-            DosePoint(int(s.where["duplicates"]), s.value, s.low, s.high)
-            for s in row.slices
-            if s.name == headline
-            and s.value is not None
-            and "duplicates" in s.where
-            and {k: v for k, v in s.where.items() if k != "duplicates"} == condition
-            and int(s.where["duplicates"]) >= 1
-        ),
-        key=lambda p: p.dose,
-    )
-    return DoseLine(row.setting, tuple(points)) if points else None
+    wide = scatter(series, x, y, on, best.resampled, 1080, 600, len(series), reference)
+    return wide, scatter(series, x, y, on, best.resampled, 380, 500, 10, reference)

@@ -10,12 +10,15 @@ from typing import Literal
 from lethebench.attack.record import AttackRecord
 from lethebench.leaderboard import _attacks
 from lethebench.leaderboard import _format as fmt
+from lethebench.leaderboard._rows import BASE, reference_of
 from lethebench.row import Cost, Row, ScoreRecord
 
 Direction = Literal["lower", "higher", "none"]
 State = Literal["ok", "not-run", "failed", "not-applicable"]
 
 GROUPS = {
+    "attribute": "Prohibited attribute",
+    "wanted": "Wanted content",
     "memorization": "Memorization",
     "concepts": "Concepts",
     "utility": "Utility",
@@ -24,7 +27,17 @@ GROUPS = {
 }
 """Column groups, left to right. ``more`` holds every score that has no place of its own, closed at first."""
 
+SLICED = ("attribute", "wanted", "memorization", "concepts")
+"""Groups whose scores a row's drawer shows by role, kind and dose."""
+
 SHOWN_SCORES: tuple[tuple[str, str, str], ...] = (
+    ("attribute.present", "Present", "attribute"),
+    ("attribute.present_corrected", "Corrected", "attribute"),
+    ("attribute.paraphrase", "Paraphrased", "attribute"),
+    ("attribute.wanted", "Leaked", "attribute"),
+    ("attribute.*", "", "attribute"),
+    ("wanted.features", "Features", "wanted"),
+    ("wanted.*", "", "wanted"),
     ("fbmem.memorized", "Memorized", "memorization"),
     ("fbmem.vm", "VM", "memorization"),
     ("fbmem.fm", "FM", "memorization"),
@@ -43,7 +56,10 @@ SHOWN_SCORES: tuple[tuple[str, str, str], ...] = (
     ("*diversity*", "Diversity", "utility"),
     ("*.broken", "Broken", "utility"),
 )
-"""(score name or pattern, heading, group), in the table's order. Other scores go to ``more``."""
+"""(score name or pattern, heading, group), in the table's order. Other scores go to ``more``.
+
+Without a heading it is the part of the name after the dot.
+"""
 
 
 @dataclass(frozen=True)
@@ -55,7 +71,7 @@ class Cell:
     interval: str = ""
     sort: float | None = None
     note: str = ""
-    """The tooltip: what the number is, its difference to base, or why it is missing."""
+    """The tooltip: what the number is, its difference to the reference row, or why it is missing."""
     difference: str = ""
     difference_interval: str = ""
     significant: bool = False
@@ -93,7 +109,8 @@ def columns(
     order = list(GROUPS)
     scores = [score_column(name, rows, headline) for name in score_names(rows, headline, adherence)]
     attacked = [_best_known(rows, attacks)] if any(attacks) else []
-    found = scores[:1] + attacked + scores[1:] + [_cost_column(spec, rows) for spec in _COSTS]
+    costs = _COSTS if reference_of(rows) == BASE else _TRAINING_COSTS
+    found = scores[:1] + attacked + scores[1:] + [_cost_column(spec, rows) for spec in costs]
     kept = [c for c in found if c.group != "cost" or any(x.state == "ok" for x in c.cells)]
     return sorted(kept, key=lambda c: order.index(c.group))
 
@@ -111,7 +128,7 @@ def place(name: str) -> tuple[str, str]:
     """(heading, group) of a score."""
     for pattern, label, group in SHOWN_SCORES:
         if fnmatchcase(name, pattern):
-            return label, group
+            return label or name.partition(".")[2].replace("_", " ").capitalize(), group
     return name, "more"
 
 
@@ -157,7 +174,7 @@ def _score_cell(row: Row, record: ScoreRecord | None, number: fmt.NumberFormat) 
         d = record.base_difference
         difference, span = number.signed(d.value), f"{number.signed(d.low)} to {number.signed(d.high)}"
         significant = d.p < 0.05
-        note += f"\nTo base, on the same noise: {difference}{unit} ({span}), {fmt.p_value(d.p)}"
+        note += f"\nTo {row.reference}, on the same noise: {difference}{unit} ({span}), {fmt.p_value(d.p)}"
     return Cell("ok", number(record.value), interval, record.value, note, difference, span, significant)
 
 
@@ -177,13 +194,17 @@ def missing_cell(row: Row, record: ScoreRecord | None) -> Cell | None:
 
 
 def _shade(cells: Sequence[Cell], rows: Sequence[Row], direction: Direction) -> list[Cell]:
-    """Give cells their heat, from the worst to the best of base and the methods, and mark the best method."""
+    """Give cells their heat, from the worst to the best of the methods and the row that they are compared
+    with, and mark the best method.
+    """
     if direction == "none":
         return list(cells)
     sign = 1.0 if direction == "higher" else -1.0
     good = [None if c.sort is None else sign * c.sort for c in cells]
     scale = [
-        g for g, r in zip(good, rows, strict=True) if g is not None and (not r.control or r.method == "base")
+        g
+        for g, r in zip(good, rows, strict=True)
+        if g is not None and (not r.control or r.method == r.reference)
     ]
     trusted = [
         g for g, r in zip(good, rows, strict=True) if g is not None and not r.control and not r.warnings
@@ -210,12 +231,21 @@ _BEST_KNOWN_HELP = (
     "the attack itself injects). In points. The interval is that of the one shown; it isn't widened for "
     "choosing the highest. Other items and another budget than Memorized. Lower is better."
 )
+_BEST_KNOWN_TRAINING_HELP = (
+    "The most of the prohibited attributes that anyone got out of the row, by an attack or without one: the "
+    "share of the attacked items that showed theirs, less that of controls whose attribute was never trained "
+    "(what the attack itself injects). In points. The interval is that of the one shown; it isn't widened "
+    "for choosing the highest. Other items and another budget than Present. Lower is better."
+)
 
 
 def _best_known(rows: Sequence[Row], attacks: Sequence[Sequence[AttackRecord]]) -> Column:
     cells = [_best_cell(row, records) for row, records in zip(rows, attacks, strict=True)]
     shaded = tuple(_shade(cells, rows, "lower"))
-    return Column(BEST_KNOWN, "Best known", "memorization", _BEST_KNOWN_HELP, "lower", "%", shaded)
+    group, help_ = "memorization", _BEST_KNOWN_HELP
+    if reference_of(rows) != BASE:
+        group, help_ = "attribute", _BEST_KNOWN_TRAINING_HELP
+    return Column(BEST_KNOWN, "Best known", group, help_, "lower", "%", shaded)
 
 
 def _best_cell(row: Row, records: Sequence[AttackRecord]) -> Cell:
@@ -226,9 +256,8 @@ def _best_cell(row: Row, records: Sequence[AttackRecord]) -> Cell:
     if found is None:
         return Cell("not-run", note="Nobody has attacked this row: lethe attack.")
     number = _attacks.PERCENT
-    return Cell(
-        "ok", number(found.value), number.interval(found.low, found.high), found.value, _attacks.note(found)
-    )
+    interval, note = number.interval(found.low, found.high), _attacks.note(found, row.reference != BASE)
+    return Cell("ok", number(found.value), interval, found.value, note)
 
 
 # --- cost -----------------------------------------------------------------------------------------
@@ -251,6 +280,10 @@ def _ratio(value: float | None) -> str:
 
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{value * 100:.1f}"
+
+
+def _size(value: float | None) -> str:
+    return fmt.size(None if value is None else int(value))
 
 
 _COSTS = (
@@ -296,9 +329,35 @@ _COSTS = (
         "the whole process.",
         "lower",
         lambda c: c.peak_memory_bytes,
-        lambda v: fmt.size(None if v is None else int(v)),
+        _size,
     ),
 )
+_TRAINING_COSTS = (
+    replace(_COSTS[0], label="Training", help="Time of one fine-tuning: the mean over the suite's sets."),
+    _CostSpec(
+        "cost.step_relative_to_plain",
+        "A step",
+        "Time of an optimiser step, relative to plain LoRA: by turns in one process. Plain LoRA is 1.",
+        "lower",
+        lambda c: c.step_relative_to_plain,
+        _ratio,
+    ),
+    _CostSpec(
+        "cost.training_state_bytes",
+        "Held",
+        "Memory that the method holds beside the LoRA and its optimiser while training.",
+        "lower",
+        lambda c: c.training_state_bytes,
+        _size,
+    ),
+    replace(
+        _COSTS[1],
+        help="Time to draw an image with the method, relative to drawing it without: by turns in one "
+        "process, the faster of two draws of the same images each. The model before fine-tuning is 1.",
+    ),
+    *_COSTS[2:],
+)
+"""Where models are fine-tuned."""
 
 
 def _cost_column(spec: _CostSpec, rows: Sequence[Row]) -> Column:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lethebench.leaderboard._rank import Key, mismatch, scorer
+from lethebench.leaderboard._rows import measured, reference_of
 from lethebench.row import Row
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 LOSS = 0.05
-"""The loss of adherence, as a share of base's, at which methods are compared."""
+"""The loss of adherence, as a share of the reference row's, at which methods are compared."""
 MAX_LOSS = 0.10
 """The area under a method's curve is taken from no loss to this one."""
 RESAMPLES = 400
@@ -111,10 +112,10 @@ def curves(rows: Sequence[Row], drawn: Resampled, x: str, y: str) -> list[Curve]
     """Each method's curve, best area first. Settings that the guard flags are no part of one.
 
     Empty where the axes don't have the directions that suppression and loss are defined for, or where
-    base is missing.
+    the row is missing that all are compared with.
     """
     usable = [r for r in rows if _value(r, x) is not None and _value(r, y) is not None]
-    base = next((r for r in usable if r.method == "base"), None)
+    base = measured(usable, reference_of(rows))
     if base is None or base.scores[x].direction != "lower" or base.scores[y].direction != "higher":
         return []
     methods: dict[str, list[Row]] = {}

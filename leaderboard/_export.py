@@ -72,6 +72,7 @@ def _board_data(board: Board) -> dict[str, Any]:
     return {
         "suite": board.suite,
         "model": board.model,
+        "reference": board.reference,
         "axes": {k: dict(v) for k, v in board.axes.items()},
         "smallest_difference": board.resolution,
         "rows": [
@@ -95,7 +96,15 @@ def _markdown_board(board: Board) -> str:
     rule = ["--:", "---", "---", "---", "---", *("--:" for _ in shown)]
     lines = [_markdown_line(board, line, shown) for line in board.lines]
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in ([*map(_md, heads)], rule, *lines))
-    return f"## {_md(board.suite)}, {_md(board.model)}\n\n{table}\n"
+    told = f"{_md(_track(board))}\n\n" if board.training else ""
+    return f"## {_md(board.suite)}, {_md(board.model)}\n\n{told}{table}\n"
+
+
+def _track(board: Board) -> str:
+    return (
+        f"Training-time track: rows are compared with {board.reference}, plain fine-tuning; {board.floor}, "
+        "fine-tuned without the attribute, is the floor."
+    )
 
 
 def _markdown_line(board: Board, line: Line, shown: Sequence[Column]) -> list[str]:
@@ -135,8 +144,9 @@ def _latex_board(board: Board) -> str:
     body = "\n".join(lines)
     spec = "rll" + "r" * len(shown)
     top = " & ".join(heads) + r" \\"
+    told = f"% {_comment(_track(board))}\n" if board.training else ""
     return (
-        f"% {_comment(board.name)}\n\\begin{{tabular}}{{{spec}}}\n\\toprule\n{top}\n\\midrule\n{body}\n"
+        f"% {_comment(board.name)}\n{told}\\begin{{tabular}}{{{spec}}}\n\\toprule\n{top}\n\\midrule\n{body}\n"
         "\\bottomrule\n\\end{tabular}\n"
     )
 

@@ -92,12 +92,15 @@ def seconds(value: float | None) -> str:
 def size(value: int | None) -> str:
     """Bytes for people.
 
-    >>> size(1_288_490_188)
-    '1.2 GiB'
+    >>> size(1_288_490_188), size(40_960), size(0)
+    ('1.2 GiB', '40 KiB', '0')
     """
-    if value is None:
-        return ""
-    return f"{value / 2**30:.1f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
+    if not value:
+        return "" if value is None else "0"
+    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if value >= 2**power:
+            return f"{value / 2**power:.{1 if power == 30 else 0}f} {unit}"
+    return f"{value} B"
 
 
 def percent(value: float | None) -> str:

@@ -14,13 +14,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lethebench.errors import UserError
 from lethebench.leaderboard import _format as fmt
 from lethebench.leaderboard._plot import Tick, ticks
+from lethebench.leaderboard._rows import reference_of
 from lethebench.leaderboard._tables import TABLE
 from lethebench.row import Row
 
@@ -164,7 +165,16 @@ class Section:
     @cached_property
     def headings(self) -> list[tuple[str, str]]:
         """Columns of the table of separations: heading and meaning."""
-        return [(_HEADS[kind](ROLES[role]), _HELP[kind]) for kind, role in self._measured]
+        base = self.reference
+        return [
+            (_HEADS[kind].format(role=ROLES[role], base=base), _HELP[kind].format(base=base))
+            for kind, role in self._measured
+        ]
+
+    @property
+    def reference(self) -> str:
+        """The method that the others are drawn beside."""
+        return self.rows[0].row.method
 
     @cached_property
     def lines(self) -> list[tuple[str, str, int, list[Separation | None]]]:
@@ -181,14 +191,14 @@ class Section:
 
 
 _HEADS = {
-    "from_base": lambda role: f"{role}: from base",
-    "from_neutral": lambda role: f"{role}: from neutral",
-    "base_from_neutral": lambda role: f"{role}: from neutral, base",
+    "from_base": "{role}: from {base}",
+    "from_neutral": "{role}: from neutral",
+    "base_from_neutral": "{role}: from neutral, {base}",
 }
 _HELP = {
-    "from_base": "How far the row's latents are from base's on the same prompts and noise.",
+    "from_base": "How far the row's latents are from {base}'s on the same prompts and noise.",
     "from_neutral": "How far the row's latents on these prompts are from its latents on neutral prompts.",
-    "base_from_neutral": "The same for base: what the method started from.",
+    "base_from_neutral": "The same for {base}: what the method started from.",
 }
 
 
@@ -198,19 +208,22 @@ _HELP = {
 def section(board: str, lines: Sequence[Line], embedding: Embedding | None = None) -> Section | None:
     """The section of the board of that id; None unless base and a method have latents.
 
+    Where the suite compares with another row, that one stands for base.
+
     ``embedding`` None takes UMAP where it is installed and there are images enough, else PCA; the page says
     which, and why. Raises UserError for UMAP without its extra.
     """
-    usable = [x for x in lines if x.row.status == "ok" and (x.row.method == "base" or not x.row.control)]
+    reference = reference_of(x.row for x in lines)
+    usable = [x for x in lines if x.row.status == "ok" and (x.row.method == reference or not x.row.control)]
     found = {x.id: read_latents(x.folder, x.row, x.colour) for x in usable}
-    base = next((f for x in usable if x.row.method == "base" and (f := found[x.id]) is not None), None)
+    base = next((f for x in usable if x.row.method == reference and (f := found[x.id]) is not None), None)
     if base is None:
         return None
     width = base.projections.shape[1]
     rows = [
         f
         for x in usable
-        if x.row.method != "base" and (f := found[x.id]) is not None and f.projections.shape[1] == width
+        if x.row.method != reference and (f := found[x.id]) is not None and f.projections.shape[1] == width
     ]
     if not rows:
         return None
@@ -231,7 +244,7 @@ def section(board: str, lines: Sequence[Line], embedding: Embedding | None = Non
         missing=tuple(
             f"{x.row.method} ({x.row.setting})"
             for x in usable
-            if x.row.method != "base" and x.row.key not in kept
+            if x.row.method != reference and x.row.key not in kept
         ),
     )
 
@@ -312,7 +325,7 @@ def _densities(
             return None
         xs = [LEFT + (RIGHT - LEFT) * i / (GRID - 1) for i in range(GRID)]
         ys = [BOTTOM - (BOTTOM - TOP) * float(v) / top for v in y]
-        path = "M" + "L".join(f"{a:.0f},{b:.1f}" for a, b in zip(xs, ys, strict=True))
+        path = _path(xs, ys)
         rounded = [tuple(float(f"{v:.6g}") for v in values) for values in (grid, y)]
         return Curve(name, path, strength, *rounded)
 
@@ -323,10 +336,27 @@ def _densities(
             *((x.row.setting, y) for x, y in zip(settings, own, strict=True)),
         ]
         curves = [curve(n, y, (i + 1) / len(settings)) for i, (n, y) in enumerate(named[1:])]
-        constant = (*(["base"] if of_base is None else []), *(n for n, y in named[1:] if y is None))
+        constant = (*([base.row.method] if of_base is None else []), *(n for n, y in named[1:] if y is None))
         kept = tuple(c for c in curves if c is not None)
         panels.append(Densities(role, curve(base.row.setting, of_base, 1.0), kept, tuple(at), constant))
     return tuple(panels)
+
+
+def _path(xs: Sequence[float], ys: Sequence[float]) -> str:
+    """A curve in whole units across and tenths up, each point relative to the last: half as long to write.
+
+    >>> _path([8, 11.2, 14.6], [126, 125.96, 120.5])
+    'M8 126l3 0 4-5.5'
+    """
+    at = [(round(x), round(10 * y)) for x, y in zip(xs, ys, strict=True)]
+    steps = [(b[0] - a[0], (b[1] - a[1]) / 10) for a, b in pairwise(at)]
+    written = (f"{dx}{'' if dy < 0 else ' '}{_short(dy)}" for dx, dy in steps)
+    return f"M{at[0][0]} {at[0][1] / 10:g}l{' '.join(written)}"
+
+
+def _short(number: float) -> str:
+    text = f"{number:g}"
+    return text.replace("0.", ".", 1) if text.startswith(("0.", "-0.")) else text
 
 
 def density(values: Floats, grid: Floats) -> Floats | None:
@@ -493,7 +523,8 @@ def _board_data(s: Section) -> dict[str, Any]:
             | {"magnitude": list(c.x), "density": list(c.y)}
             for f in s.figures
             for d in f.densities
-            for method, c in (*((("base", d.base),) if d.base else ()), *((f.method, x) for x in d.curves))
+            for method, c in ((s.reference, d.base), *((f.method, x) for x in d.curves))
+            if c is not None
         ],
         "separations": [
             {"method": x.row.method, "setting": x.row.setting, "compared_to_base": recorded(x.row)}

@@ -1,7 +1,8 @@
 """The image triplets of the page: training image, base, method, on the same noise.
 
 The images are chosen once a board, by a fixed rule that sees base only, so that no row shows its
-luckiest ones and a base image is embedded once for all rows.
+luckiest ones and a base image is embedded once for all rows. Where the suite compares with another row, that
+one stands for base.
 """
 
 from __future__ import annotations
@@ -27,6 +28,14 @@ SIDE = 128
 """Longest side of an embedded image; smaller ones keep their size."""
 ROLE_ORDER = ("trigger",) * 4 + ("neutral", "concept") + ("trigger",) * 4 + ("control", "neutral")
 """Roles of the twelve triplets. A prefix is balanced too."""
+TRAINING_ROLE_ORDER = (
+    *("concept", "probe", "concept", "trigger") * 2,
+    "control",
+    "probe",
+    "concept",
+    "neutral",
+)
+"""The same where models are fine-tuned: what must not be learnt, what should be, training captions."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,7 @@ class Picture:
     role: str
     kind: str
     duplicates: int | None
+    correlation: float | None
     held_out: bool
     """Whether the reference was never trained: a twin, not a training image."""
     before: str
@@ -108,25 +118,28 @@ def _encode(path: Path) -> bytes | None:
 # --- choosing -------------------------------------------------------------------------------------
 
 
-def choose(table: pd.DataFrame, salt: str, count: int = PICTURES) -> list[Key]:
+def choose(table: pd.DataFrame, salt: str, count: int = PICTURES, training: bool = False) -> list[Key]:
     """The images that every row of the board shows, most telling first.
 
     Triggers are taken from those that base memorizes (its label is VM, FM or BM), in turn from each
     kind; within a kind prompts follow a hash of their name, one image a cluster. The rest are
-    neutral, concept and control prompts. Where a role has too few, triggers fill its place.
+    neutral, concept and control prompts. Where a role has too few, triggers fill its place. In the
+    ``training`` track triggers are any captions, and concepts fill places.
     """
-    queues = {role: _queue(table, role, salt) for role in dict.fromkeys(ROLE_ORDER)}
+    order = TRAINING_ROLE_ORDER if training else ROLE_ORDER
+    queues = {role: _queue(table, role, salt, training) for role in dict.fromkeys(order)}
+    fill = queues["concept" if training else "trigger"]
     chosen: list[Key] = []
-    for role in ROLE_ORDER:
-        queue = queues[role] or queues["trigger"] or next((q for q in queues.values() if q), [])
+    for role in order:
+        queue = queues[role] or fill or next((q for q in queues.values() if q), [])
         if queue:
             chosen.append(queue.pop(0))
     return chosen[:count]
 
 
-def _queue(table: pd.DataFrame, role: str, salt: str) -> list[Key]:
+def _queue(table: pd.DataFrame, role: str, salt: str, training: bool) -> list[Key]:
     found = table[_column(table, "role", "") == role]
-    if role == "trigger":
+    if role == "trigger" and not training:
         labels = _column(found, LABEL, "VM").astype(str).str.upper()
         found = found[labels.isin(MEMORIZED_LABELS)]
     elif role == "concept":
@@ -203,6 +216,7 @@ def _triplet(
         role=_text(own.get("role")),
         kind=_text(own.get("kind")),
         duplicates=_whole(own.get("duplicates")),
+        correlation=_number(own.get("correlation")),
         held_out=not _missing(own.get("trained")) and not own.get("trained"),
         before=_text(base.get(LABEL)).upper(),
         after=_text(own.get(LABEL)).upper(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from lethebench.leaderboard._format import NumberFormat
 
@@ -16,7 +17,8 @@ SHAPES = {
 }
 """A family's shapes: the next one where its methods are more than the colours."""
 NEAR = 0.02
-"""The loss, as a share of base, up to which the scale of adherence is about linear; beyond it logarithmic."""
+"""The loss, as a share of base (of the row that all are compared with), up to which the scale of adherence is
+about linear; beyond it logarithmic."""
 LOSSES = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.0, -0.01, -0.02, -0.05, -0.1, -0.2, -0.5, -1.0)
 """Where it may have ticks."""
 CHARACTER = 6.3
@@ -156,19 +158,20 @@ def scatter(
     width: int,
     height: int,
     most_labels: int,
+    reference: str = "base",
 ) -> Scatter:
     """Lay out the plot. ``front`` names the rows on the Pareto front, ``fronts`` are its resamples.
 
-    With base on it the scale of ``y`` is relative to base.
+    With the method on it that all are compared with (``reference``) the scale of ``y`` is relative to it.
     """
     left, right, top, bottom = 56.0, width - 14.0, 14.0, height - 46.0
     sx = _scale_of(list(series), "x", x.format.percent, left, right)
     sy = _scale_of(
-        [s for s in series if not s.control or s.name == "base"] or list(series), "y", False, bottom, top
+        [s for s in series if not s.control or s.name == reference] or list(series), "y", False, bottom, top
     )
-    base = next((s.points[0].y for s in series if s.name == "base"), 0.0)
+    base = next((s.points[0].y for s in series if s.name == reference), 0.0)
     if base:
-        values = [p.y for s in series if not s.control or s.name == "base" for p in s.points]
+        values = [p.y for s in series if not s.control or s.name == reference for p in s.points]
         room = NEAR / 2 * abs(base)
         sy = Scale(min(values) - room, max(values) + room, bottom, top, base)
     marks = tuple(_mark(p, s, i, sx, sy, top, bottom) for s in series for i, p in enumerate(s.points))
@@ -190,9 +193,9 @@ def scatter(
     return Scatter(
         width, height, left, right, top, bottom,
         _labelled(sx, x.format, ticks(sx.low, sx.high, 6 if width > 500 else 4)),
-        _relative_ticks(sy) if base else _labelled(sy, y.format, ticks(sy.low, sy.high, 5)),
-        x.label, f"{y.label}, relative to base (%)" if base else y.label, curves, marks,
-        tuple(_labels(series, front, marks, frame, arrow)[:most_labels]),
+        _relative_ticks(sy, reference) if base else _labelled(sy, y.format, ticks(sy.low, sy.high, 5)),
+        x.label, f"{y.label}, relative to {reference} (%)" if base else y.label, curves, marks,
+        tuple(_labels(series, front, marks, frame, arrow, reference)[:most_labels]),
         stairs([(m.point.x, m.point.y) for m in marks if m.point.row in front]),
         tuple(stairs(f) for f in fronts),
         x.better == "higher", y.better != "lower",
@@ -275,8 +278,8 @@ def _labelled(scale: Scale, number: NumberFormat, at: Sequence[float]) -> tuple[
     return tuple(Tick(scale(t), finer(t)) for t in at)
 
 
-def _relative_ticks(scale: Scale) -> tuple[Tick, ...]:
-    """Gains and losses relative to base in percent, those nearest to base first, where there is room."""
+def _relative_ticks(scale: Scale, reference: str) -> tuple[Tick, ...]:
+    """Gains and losses relative to the reference in percent, the smallest first, where there is room."""
     assert scale.centre is not None
     found: list[Tick] = []
     for share in sorted(LOSSES, key=abs):
@@ -284,7 +287,9 @@ def _relative_ticks(scale: Scale) -> tuple[Tick, ...]:
         if scale.low <= value <= scale.high:
             at = scale(value)
             if all(abs(at - t.at) >= 18 for t in found):
-                found.append(Tick(at, "base" if not share else NumberFormat(0, True).signed(share)))
+                found.append(
+                    Tick(at, NumberFormat(0, True).signed(share) if share else clipped(reference, 7))
+                )
     return tuple(sorted(found, key=lambda t: t.at))
 
 
@@ -325,15 +330,16 @@ def _labels(
     marks: Sequence[Mark],
     frame: _Box,
     arrow: _Box,
+    reference: str,
 ) -> list[Label]:
     """Names beside their curves, as many as have room: no label covers another, the arrow or many marks.
 
-    Methods on the front come first, and may cover marks; then base, the others in their order, controls
-    last. The key names all.
+    Methods on the front come first, and may cover marks; then the reference, the others in their order,
+    controls last. The key names all.
     """
     dots = [_Box(m.x - m.radius, m.y - m.radius, m.x + m.radius, m.y + m.radius) for m in marks]
     leading = {m.series.name for m in marks if m.point.row in front}
-    order = sorted(series, key=lambda s: (s.name not in leading, s.control and s.name != "base"))
+    order = sorted(series, key=lambda s: (s.name not in leading, s.control and s.name != reference))
     labels: list[Label] = []
     taken = [arrow]
     for s in order:
@@ -389,20 +395,27 @@ def _covered(box: _Box, dots: Sequence[_Box], frame: _Box) -> float:
 
 # --- dose and response ----------------------------------------------------------------------------
 
+Dose = float | str
+"""A number of copies or targets, a correlation, a setting's value; a word where that is no number."""
+PERCENT = NumberFormat(0, percent=True)
+TICK_ROOM = 5.0
+"""Between the texts of two ticks of a panel, in its units."""
+
 
 @dataclass(frozen=True)
 class DosePoint:
-    """The share at one number of copies."""
+    """The value at one dose. Hollow where the guard flags the row."""
 
-    dose: int
+    dose: Dose
     value: float
     low: float | None
     high: float | None
+    flagged: bool = False
 
 
 @dataclass(frozen=True)
 class DoseLine:
-    """A row's values by number of copies or targets.
+    """A row's values by dose, or a method's by its setting.
 
     ``strength`` is 0 (weakest) to 1 (strongest); a ``colour`` of None is the panel's.
     """
@@ -420,11 +433,13 @@ class DrawnLine:
     line: DoseLine
     path: str
     dots: tuple[tuple[float, float], ...]
+    bars: str = ""
+    """The points' intervals."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One method's dose-response beside that of base."""
+    """A method's dose-response beside that of ``base`` (the row compared with) and ``floor`` (the oracle)."""
 
     title: str
     colour: int
@@ -439,12 +454,15 @@ class Panel:
     base: DrawnLine | None
     band: str
     lines: tuple[DrawnLine, ...]
-    doses: tuple[int, ...] = field(default=())
+    doses: tuple[Dose, ...] = field(default=())
     by: str = "number of copies"
     key: tuple[tuple[str, int], ...] = ()
     """Names and colours to tell lines of more than one method apart by."""
     beyond: tuple[str, ...] = ()
     """What lies beyond the scale."""
+    floor: DrawnLine | None = None
+    about: str = ""
+    """What it shows, for those who don't see it; else the title does."""
 
 
 def panel(
@@ -455,37 +473,109 @@ def panel(
     top_value: float,
     bottom_value: float = 0.0,
     by: str = "number of copies",
+    *,
+    floor: DoseLine | None = None,
+    log: bool = True,
+    number: NumberFormat = PERCENT,
+    bars: bool = False,
+    about: str = "",
+    y_ticks: int = 2,
 ) -> Panel:
-    """One small plot; its axis (``by``) is logarithmic, its scale that of base and of these lines."""
+    """One small plot over ``by``, logarithmic if ``log``; its scale holds base, floor and these lines."""
     width, height = 220, 150
     left, right, top, bottom = 30.0, width - 8.0, 8.0, height - 24.0
-    everything = [*lines, *([base] if base else [])]
-    doses = sorted({p.dose for line in everything for p in line.points})
-    sx = Scale(math.log2(doses[0]) - 0.2, math.log2(doses[-1]) + 0.2, left, right)
+    everything = [*lines, *(line for line in (base, floor) if line)]
+    doses = sorted({p.dose for line in everything for p in line.points}, key=dose_order)
+    at = _across(doses, log, left, right)
     sy = Scale(bottom_value, top_value, bottom, top)
 
-    def draw(line: DoseLine) -> DrawnLine:
-        dots = tuple((sx(math.log2(p.dose)), sy(min(p.value, top_value))) for p in line.points)
-        return DrawnLine(line, _path(dots), dots)
+    def inside(value: float) -> float:
+        return sy(min(max(value, bottom_value), top_value))
 
-    shown = doses if len(doses) <= 5 else doses[:: math.ceil(len(doses) / 5)]
-    percent = NumberFormat(0, percent=True)
+    def draw(line: DoseLine) -> DrawnLine:
+        dots = tuple((at[p.dose], sy(min(p.value, top_value))) for p in line.points)
+        spans = [(at[p.dose], p.low, p.high) for p in line.points] if bars else []
+        whole = (
+            f"M{x:g},{inside(low):g}V{inside(high):g}"
+            for x, low, high in spans
+            if low is not None and high is not None
+        )
+        return DrawnLine(line, _path(dots), dots, "".join(whole))
+
     return Panel(
         title, colour, width, height, left, right, top, bottom,
-        tuple(Tick(sx(math.log2(d)), str(d)) for d in shown),
-        tuple(Tick(sy(t), percent(t)) for t in ticks(bottom_value, top_value, 4 if bottom_value else 2)),
+        _dose_ticks(doses, at),
+        _labelled(sy, number, ticks(bottom_value, top_value, 4 if bottom_value else y_ticks)),
         draw(base) if base else None,
-        _band(base, sx, sy, top_value) if base else "",
+        _band(base, at, sy) if base else "",
         tuple(draw(line) for line in lines),
         tuple(doses),
         by,
+        floor=draw(floor) if floor else None,
+        about=about or title,
     )  # fmt: skip
 
 
-def _band(line: DoseLine, sx: Scale, sy: Scale, top_value: float) -> str:
-    whole = [(p.dose, p.low, p.high) for p in line.points if p.low is not None and p.high is not None]
+def dose_order(dose: Dose) -> tuple[float, str]:
+    """Numbers first, then words."""
+    return (math.inf, dose) if isinstance(dose, str) else (dose, "")
+
+
+def dose_text(dose: Dose) -> str:
+    """A dose on an axis.
+
+    >>> dose_text(0.25), dose_text(8), dose_text("none")
+    ('0.25', '8', 'none')
+    """
+    return dose if isinstance(dose, str) else f"{dose:g}"
+
+
+def even_by_logarithm(values: Sequence[float]) -> bool:
+    """Whether numbers lie more evenly by their logarithms: how an axis over them should be.
+
+    >>> even_by_logarithm([1, 2, 4, 8]), even_by_logarithm([0.25, 0.5, 0.75, 0.9, 1])
+    (True, False)
+    """
+    at = sorted(values)
+    return len(at) > 1 and at[0] > 0 and _smallest_gap([math.log(v) for v in at]) > _smallest_gap(at)
+
+
+def _smallest_gap(at: Sequence[float]) -> float:
+    """As a share of the whole."""
+    return min(b - a for a, b in pairwise(at)) / (at[-1] - at[0])
+
+
+def _across(doses: Sequence[Dose], log: bool, left: float, right: float) -> dict[Dose, float]:
+    """The place of each dose, those that are words after the numbers."""
+    at: dict[Dose, float] = {d: math.log2(d) if log else d for d in doses if not isinstance(d, str)}
+    numbers = list(at.values()) or [0.0]
+    step = (numbers[-1] - numbers[0]) / max(1, len(numbers) - 1) or 1.0
+    words = [d for d in doses if isinstance(d, str)]
+    at |= {word: numbers[-1] + step * (i + 1) for i, word in enumerate(words)}
+    room = 0.2 if log else 0.06 * (max(at.values()) - numbers[0]) or 1.0
+    scale = Scale(numbers[0] - room, max(at.values()) + room, left, right)
+    return {dose: scale(value) for dose, value in at.items()}
+
+
+def _dose_ticks(doses: Sequence[Dose], at: dict[Dose, float]) -> tuple[Tick, ...]:
+    """Ticks at the doses, the outer ones first, as many as have room."""
+    thinned = doses if len(doses) <= 5 else doses[:: math.ceil(len(doses) / 5)]
+    kept: list[Tick] = []
+    for dose in dict.fromkeys((thinned[0], thinned[-1], *thinned)):
+        tick = Tick(at[dose], dose_text(dose))
+        if all(abs(tick.at - t.at) >= _half(tick) + _half(t) + TICK_ROOM for t in kept):
+            kept.append(tick)
+    return tuple(sorted(kept, key=lambda t: t.at))
+
+
+def _half(tick: Tick) -> float:
+    return len(tick.text) * CHARACTER / 2
+
+
+def _band(line: DoseLine, at: dict[Dose, float], sy: Scale) -> str:
+    whole = [(at[p.dose], p.low, p.high) for p in line.points if p.low is not None and p.high is not None]
     if len(whole) < 2:
         return ""
-    upper = [(sx(math.log2(d)), sy(min(h, top_value))) for d, _, h in whole]
-    lower = [(sx(math.log2(d)), sy(max(low, 0.0))) for d, low, _ in reversed(whole)]
+    upper = [(x, sy(min(h, sy.high))) for x, _, h in whole]
+    lower = [(x, sy(max(low, sy.low))) for x, low, _ in reversed(whole)]
     return _path([*upper, *lower]) + "z"

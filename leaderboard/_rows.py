@@ -22,6 +22,28 @@ class InvalidRowWarning(UserWarning):
     """A ``row.json`` that is not a valid row, or the second one of the same key."""
 
 
+BASE = "base"
+
+
+def reference_of(rows: Iterable[Row]) -> str:
+    """The method that differences are from, the same for all rows of a suite; base where there are none."""
+    return next((row.reference for row in rows), BASE)
+
+
+def floor_of(reference: str) -> str:
+    """The control that never saw what must not be drawn.
+
+    >>> floor_of("base"), floor_of("lora")
+    ('oracle', 'lora-oracle')
+    """
+    return "oracle" if reference == BASE else f"{reference}-oracle"
+
+
+def measured(rows: Iterable[Row], method: str) -> Row | None:
+    """The method's first row with results."""
+    return next((row for row in rows if row.method == method and row.status == "ok"), None)
+
+
 @dataclass(frozen=True)
 class Entry:
     """A row, the folder that holds its images and per-image table, and the attacks on it."""
@@ -129,7 +151,7 @@ def load_rows(runs: Path) -> list[Row]:
 def rows_frame(rows: Sequence[Row]) -> pd.DataFrame:
     """One line for each row, scores flattened.
 
-    Columns: ``suite version model method setting status reason control family knowledge warnings``,
+    Columns: ``suite version model method setting reference status reason control family knowledge warnings``,
     then for each score ``<name>`` (its value), ``<name>.low .high .n .difference .difference_low
     .difference_high .p``, then ``cost.*``. What was not measured is missing (NaN), never zero.
     """
@@ -146,6 +168,7 @@ _FIRST = (
     "model",
     "method",
     "setting",
+    "reference",
     "status",
     "reason",
     "control",
@@ -172,6 +195,7 @@ def _flat(row: Row) -> dict[str, Any]:
         "model": row.model,
         "method": row.method,
         "setting": row.setting,
+        "reference": row.reference,
         "status": row.status,
         "reason": row.reason or "",
         "control": row.control,

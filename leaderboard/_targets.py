@@ -1,4 +1,7 @@
-"""Quality against the number of unlearnt items and concepts, relative to base (UniForget's Figure 7)."""
+"""Quality against the number of unlearnt items and concepts, relative to base (UniForget's Figure 7).
+
+Where the suite compares with another row, that one stands for base.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lethebench.leaderboard import _format as fmt
-from lethebench.leaderboard._plot import DoseLine, DosePoint, Panel, panel
+from lethebench.leaderboard._plot import Dose, DoseLine, DosePoint, Panel, panel
+from lethebench.leaderboard._rows import measured, reference_of
 from lethebench.row import Row
 
 FRECHET = ("fd_mini", "fid")
@@ -21,7 +25,7 @@ class Section:
     """Two plots and their numbers: (score, method, setting, ((number, value with interval), ...))."""
 
     panels: tuple[Panel, ...]
-    lines: tuple[tuple[str, str, str, tuple[tuple[int, str], ...]], ...]
+    lines: tuple[tuple[str, str, str, tuple[tuple[Dose, str], ...]], ...]
 
 
 def section(rows: Sequence[Row], adherence: str, colours: Mapping[str, int]) -> Section | None:
@@ -30,7 +34,7 @@ def section(rows: Sequence[Row], adherence: str, colours: Mapping[str, int]) -> 
     Methods that are given no targets are drawn as level lines, one a setting. The scale is that of the swept
     methods: a level line beyond it is named, with its value, not drawn.
     """
-    base = next((r for r in rows if r.method == "base" and r.status == "ok"), None)
+    base = measured(rows, reference_of(rows))
     swept = _swept(rows)
     if base is None or not swept:
         return None
@@ -51,7 +55,7 @@ def section(rows: Sequence[Row], adherence: str, colours: Mapping[str, int]) -> 
         ]
         curves = [(method, line) for method, line in curves if line.points]
         if curves:
-            panels.append(_panel(name, curves, levels, numbers))
+            panels.append(_panel(name, base.method, curves, levels, numbers))
             table += [(name, m, x.name.removeprefix(f"{m} "), _cells(x)) for m, x in (*curves, *levels)]
     return Section(tuple(panels), tuple(table)) if panels else None
 
@@ -59,16 +63,17 @@ def section(rows: Sequence[Row], adherence: str, colours: Mapping[str, int]) -> 
 _Named = Sequence[tuple[str, DoseLine]]
 
 
-def _panel(name: str, curves: _Named, levels: _Named, numbers: Sequence[int]) -> Panel:
+def _panel(name: str, base: str, curves: _Named, levels: _Named, numbers: Sequence[int]) -> Panel:
     """One plot, its scale that of the curves with a margin of half its height on either side."""
     values = [p.value for _, line in curves for p in line.points]
     low, high = min(*values, 1 - ROOM), max(*values, 1 + ROOM)
     low, high = max(0.0, low - (high - low) / 2), high + (high - low) / 2
     inside = [(m, line) for m, line in levels if low <= line.points[0].value <= high]
     beyond = [f"{x.name} {fmt.percent(x.points[0].value)}" for m, x in levels if (m, x) not in inside]
-    ones = DoseLine("base", tuple(DosePoint(n, 1.0, None, None) for n in numbers))
+    ones = DoseLine(base, tuple(DosePoint(n, 1.0, None, None) for n in numbers))
     shown = [*curves, *inside]
-    drawn = panel(f"{name} / base (%)", 0, ones, [line for _, line in shown], high, low, "number of targets")
+    title, lines = f"{name} / {base} (%)", [line for _, line in shown]
+    drawn = panel(title, 0, ones, lines, high, low, "number of targets")
     key = dict.fromkeys((m, line.colour or 0) for m, line in shown)
     return replace(drawn, key=tuple(key), beyond=tuple(beyond))
 
@@ -105,7 +110,7 @@ def _point(row: Row, base: Row, name: str, number: int) -> DosePoint | None:
     return DosePoint(number, record.value / start, low, high)
 
 
-def _cells(line: DoseLine) -> tuple[tuple[int, str], ...]:
+def _cells(line: DoseLine) -> tuple[tuple[Dose, str], ...]:
     short = fmt.NumberFormat(2)
     return tuple(
         (

@@ -52,6 +52,8 @@ class Item:
     trained: bool | None
     foreground: int
     background: int
+    cluster: str = ""
+    correlation: float | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,12 @@ class Made:
     sparsity: float | None = None
     summary: str = "Invented for the tests of the page."
     citation: str = ""
+    settings: tuple[tuple[str, Any], ...] = ()
+    """Of the training-time track."""
+    step: float | None = None
+    state: int | None = None
+    entangled: float = 0.0
+    """What a fine-tuning leaks, and doesn't learn, where the attribute is in every image."""
 
 
 W, S = "weights", "sampling"
@@ -303,7 +311,7 @@ def _line(
     label = {"foreground": "FM", "background": "BM"}.get(item.kind, "VM") if memorized else "NM"
     adherence = made.adherence + shared.normal(0, 0.02) + own.normal(0, 0.008)
     similarity = {"VM": 0.9, "FM": 0.55, "BM": 0.5, "NM": 0.12}[label] + own.normal(0, 0.04)
-    judged = item.role in ("trigger", "control")
+    judged = item.role in ("trigger", "control") or item.kind == "direct"
     return {
         "prompt_id": item.id,
         "index": k,
@@ -393,7 +401,7 @@ def row(
     made: Made, suite: tuple[str, str], model: str, own: pd.DataFrame | None, base: pd.DataFrame
 ) -> dict[str, Any]:
     """The row as JSON holds it."""
-    scores = {} if own is None else {n: _score(n, t, made, own, base) for n, t in SCORES.items()}
+    scores = {} if own is None else {n: _score(t, made, own, base) for n, t in SCORES.items()}
     if own is not None:
         scores["fd_mini"] = _set_score(made)
         if made.method == "wen":
@@ -437,13 +445,15 @@ def row(
     }
 
 
-def _score(name: str, told: Told, made: Made, own: pd.DataFrame, base: pd.DataFrame) -> dict[str, Any]:
-    chosen = own[own["role"] == told.role].set_index(["prompt_id", "index"])
+def _score(
+    told: Told, made: Made, own: pd.DataFrame, base: pd.DataFrame, reference: str = "base"
+) -> dict[str, Any]:
+    chosen = own[(own["role"] == told.role) & own[told.column].notna()].set_index(["prompt_id", "index"])
     of_base = base[base["role"] == told.role].set_index(["prompt_id", "index"])
     values, clusters = chosen[told.column].astype(float), chosen["cluster"]
     low, high, _ = _bootstrap(values, clusters)
     difference = None
-    if made.method != "base":
+    if made.method != reference:
         delta = values - of_base[told.column].astype(float).reindex(values.index)
         d_low, d_high, p = _bootstrap(delta, clusters)
         difference = {"value": float(delta.mean()), "low": d_low, "high": d_high, "p": p}
@@ -652,5 +662,206 @@ def everything(runs: Path) -> Path:
     return runs
 
 
+# --- the training-time track ----------------------------------------------------------------------
+
+TRAIN = ("train", "1")
+T = "training"
+CONCEPT = ("concept-names",)
+CORRELATIONS = (0.25, 0.5, 0.75, 1.0)
+
+
+def _told(column: str, role: str, direction: str, metric: str, help: str) -> Told:
+    return Told(column, role, direction, "share", SHARE, metric, help, "recogniser-mini")
+
+
+TRAIN_SCORES: dict[str, Told] = {
+    "attribute.present": _told(
+        "attribute_present", "concept", "lower", "attribute", "Asked for by its name."
+    ),
+    "attribute.control": _told("attribute_present", "control", "none", "attribute", "Of another instance."),
+    "wanted.features": _told("wanted_features", "probe", "higher", "wanted", "Other features read right."),
+    "copy_mini.rate": SCORES["copy_mini.rate"],
+    "clip_mini.score": SCORES["clip_mini.score"],
+}
+
+
+def _projection(setting: str, keeps: float, adherence: float, **settings: Any) -> Made:
+    told = {"variant": "embedding", "strength": 1.0, "dimension": None, "energy": 0.97} | settings
+    return Made(
+        "gradient-projection", setting, keeps, adherence, T, CONCEPT, settings=tuple(told.items()),
+        fit_seconds=560, step=1.08, state=40_960, entangled=0.5,
+    )  # fmt: skip
+
+
+def _threshold(setting: str, keeps: float, adherence: float, threshold: float) -> Made:
+    settings = (("threshold", threshold),)
+    return Made("loss-threshold", setting, keeps, adherence, T, (), step=1.0, settings=settings)
+
+
+TRAINED: tuple[Made, ...] = (
+    Made("lora", "default", 1.0, 0.86, T, (), True, fit_seconds=500, step=1.0, state=0),
+    Made("base", "default", 0.0, 0.14, S, (), True, fit_seconds=0, summary="The model before fine-tuning."),
+    Made("lora-oracle", "default", 0.0, 0.88, T, ("training-images",), True, fit_seconds=490, step=1.0),
+    Made("gradient-hooks", "strong", 0.9, 0.85, T, CONCEPT, True, fit_seconds=540, step=1.05, state=40_960),
+    _projection("weak", 0.66, 0.86, strength=0.5),
+    _projection("medium", 0.31, 0.85, strength=0.9),
+    _projection("strong", 0.12, 0.83),
+    _projection("strong,strength=0.25", 0.85, 0.86, strength=0.25),
+    _projection("strong,dimension=1", 0.7, 0.86, dimension=1),
+    _projection("strong,dimension=4", 0.25, 0.84, dimension=4),
+    _projection("strong,dimension=16", 0.06, 0.7, dimension=16),
+    Made("drop-images", "default", 0.03, 0.71, T, ("training-images",), fit_seconds=420, step=1.0, entangled=0.3),
+    Made("drop-captions", "default", 0.55, 0.80, T, ("training-images",), step=1.0),
+    _threshold("weak", 0.9, 0.85, 0.1),
+    _threshold("medium", 0.7, 0.75, 0.2),
+    _threshold("strong", 0.4, 0.55, 0.4),
+    Made(
+        "lora+uce", "medium", 0.2, 0.6, W, CONCEPT,
+        warnings=("may win by breaking the model: the attributes asked by neutral prompts are gone",),
+    ),
+    Made("caption-noise", "weak", 0, 0, T, (), status="failed", reason="RuntimeError: loss is not finite"),
+)  # fmt: skip
+TRAIN_ATTACKED: dict[tuple[str, str], tuple[Found, ...]] = {
+    ("lora", "default"): (Found("embedding", 0.97, 0.1),),
+    ("base", "default"): (Found("embedding", 0.12, 0.1),),
+    ("lora-oracle", "default"): (Found("embedding", 0.13, 0.1),),
+    ("gradient-projection", "strong"): (Found("embedding", 0.62, 0.1),),
+    ("drop-images", "default"): (Found("embedding", 0.15, 0.1),),
+}
+
+
+def train_world() -> list[Item]:
+    """Prompts of three fine-tunings: pairs of a wanted thing and an attribute, and neutral ones."""
+    rng = np.random.default_rng(11)
+    items: list[Item] = []
+    for instance in "abc":
+        for correlation, copies in zip((*CORRELATIONS, *CORRELATIONS), (1, 4, 1, 4, 4, 1, 4, 1), strict=True):
+            front, back, name = int(rng.integers(48)), int(rng.integers(len(PLACES))), _word(rng)
+            pair = f"{instance}-{name}"
+            asked = [
+                ("trigger", "caption", True),
+                ("control", "caption", False),
+                ("probe", "wanted", None),
+                ("concept", "direct", True),
+                ("concept", "direct", True),
+                ("control", "direct", False),
+            ]
+            for i, (role, kind, trained) in enumerate(asked):
+                text = f"{name} in {PLACES[back]}" if role != "concept" else f"{name} with the {_word(rng)}"
+                items.append(
+                    Item(
+                        f"{pair}-{kind}-{i}",
+                        text,
+                        role,
+                        kind,
+                        copies,
+                        trained,
+                        front,
+                        back,
+                        pair,
+                        correlation,
+                    )
+                )
+        for i in range(4):
+            front, back = int(rng.integers(48)), int(rng.integers(len(PLACES)))
+            name = f"{instance}-neutral-{i}"
+            items.append(
+                Item(name, f"a thing in {PLACES[back]}", "neutral", "neutral", None, None, front, back, name)
+            )
+    return items
+
+
+def train_table(made: Made, items: list[Item]) -> pd.DataFrame:
+    """The per-image table of a row of the training-time track, one image a prompt."""
+    lines = []
+    for item in items:
+        shared = np.random.default_rng(_seed("noise", item.id, 0))
+        own = np.random.default_rng(_seed("own", item.id, 0, made.method, made.setting))
+        line = _line(made, item, 0, 0.0, shared, own) | {"fd_mini_features": None}
+        whole = item.correlation == 1.0
+        leak = made.keeps * (0.4 + 0.5 * (item.correlation or 0)) + made.entangled * whole * (made.keeps < 1)
+        right = made.adherence - made.entangled * whole * 0.4
+        luck = 0.7 * shared.random() + 0.3 * own.random()
+        lines.append(
+            {k: v for k, v in line.items() if not k.startswith(("fbmem", "acc", "fidelity", "fd_"))}
+            | {
+                "cluster": item.cluster,
+                "correlation": item.correlation,
+                "attribute_present": float(luck < 0.02 + leak * (item.role == "concept"))
+                if item.kind == "direct"
+                else math.nan,
+                "wanted_features": round(min(1.0, max(0.0, right + 0.3 * (luck - 0.5))) * 4) / 4
+                if item.role == "probe"
+                else math.nan,
+            }
+        )
+    kinds = {"duplicates": "Int64", "trained": "boolean", "reference": "string", "correlation": "Float64"}
+    return pd.DataFrame(lines).astype(kinds)
+
+
+def train_row(made: Made, own: pd.DataFrame | None, lora: pd.DataFrame) -> dict[str, Any]:
+    """The row as JSON holds it: differences are to plain LoRA."""
+    found = row(made, TRAIN, "mini-sd", None, lora)
+    settings = {part: dict(made.settings) for part in made.method.split("+")}
+    found["config"] = {"method": settings, "sampler": {"num_inference_steps": 20}}
+    found["reference"] = "lora"
+    found["axes"] = {
+        "suppression": {"score": "attribute.present", "label": "Images with the prohibited attribute"},
+        "adherence": {"score": "wanted.features", "label": "Wanted features learnt"},
+    }
+    if own is not None:
+        found["scores"] = {n: _score(t, made, own, lora, "lora") for n, t in TRAIN_SCORES.items()}
+        found["slices"] = _train_slices(own)
+        found["cost"] = _cost(made) | {
+            "step_relative_to_plain": made.step,
+            "training_state_bytes": made.state,
+        }
+    return found
+
+
+def _train_slices(own: pd.DataFrame) -> list[dict[str, Any]]:
+    found = []
+    for name in ("attribute.present", "wanted.features"):
+        told = TRAIN_SCORES[name]
+        part = own[own["role"] == told.role]
+        for key in ("duplicates", "correlation"):
+            for (kind, value), piece in part.groupby(["kind", key]):
+                numbers = piece[told.column].astype(float)
+                low, high, _ = _bootstrap(numbers, piece["cluster"])
+                where = {"kind": kind, key: int(value) if key == "duplicates" else float(value)}
+                mean = float(numbers.mean())
+                found.append(
+                    {"where": where, "name": name, "value": mean, "low": low, "high": high, "n": len(piece)}
+                )
+    return found
+
+
+def write_trained(runs: Path, methods: tuple[Made, ...] = TRAINED) -> Path:
+    """Write the rows of the training-time track; returns ``runs``. The first method is plain LoRA."""
+    items = train_world()
+    references = runs / "train@1" / "references"
+    references.mkdir(parents=True, exist_ok=True)
+    for item in items:
+        if item.role in ("trigger", "control", "concept"):
+            scene(item.foreground, item.background).save(references / f"ref-{item.id}.png")
+    lora = train_table(methods[0], items)
+    for made in methods:
+        folder = runs / "train@1" / "mini-sd" / made.method / made.setting
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+        own = train_table(made, items) if made.status == "ok" else None
+        if own is not None:
+            own.to_parquet(folder / "images.parquet", index=False)
+            for item, present in zip(items, own["attribute_present"], strict=True):
+                data = drawn(item, 0, "FM" if present == 1 else "NM", _seed(made.method) % 5)
+                (folder / "images" / f"{item.id}-0.png").write_bytes(data)
+            (folder / "made.json").write_text(json.dumps({"key": made_key(made, "mini-sd")}))
+        (folder / "row.json").write_text(json.dumps(train_row(made, own, lora), indent=2, sort_keys=True))
+        for found in TRAIN_ATTACKED.get((made.method, made.setting), ()):
+            (folder / "attacks").mkdir(exist_ok=True)
+            record = attack(made, found, TRAIN, "mini-sd")
+            (folder / "attacks" / f"{found.attack}.json").write_text(json.dumps(record))
+    return runs
+
+
 if __name__ == "__main__":
-    print(everything(Path(sys.argv[1])))
+    print(write_trained(everything(Path(sys.argv[1]))))

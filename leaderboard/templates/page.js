@@ -287,6 +287,10 @@ function choose(board) {
   current = board;
   for (const b of boards) b.section.hidden = b !== board;
   if (select) select.value = board.section.id;
+  for (const track of all(".tracks a")) {
+    if (track.dataset.boards.split(" ").includes(board.section.id)) track.setAttribute("aria-current", "true");
+    else track.removeAttribute("aria-current");
+  }
   fill(one(".lead", board.section) || document.createElement("i"));
   board.show();
 }
