@@ -521,5 +521,7 @@ def test_held_bytes_counts_each_storage_once():
 
 
 def test_the_ratio_is_told_out_of_the_timings():
-    told = Lora().facts(Artefact({}, {"timing": {"seconds": 7.0, "step_relative_to_plain": 1.5}, "kept": 1.0}))
+    told = Lora().facts(
+        Artefact({}, {"timing": {"seconds": 7.0, "step_relative_to_plain": 1.5}, "kept": 1.0})
+    )
     assert told["step_relative_to_plain"] == 1.5 and told["fit_seconds"] == 7.0 and told["kept"] == 1.0
