@@ -29,17 +29,22 @@ class EmbeddingNoiseHooks(SamplerHooks):
     def conditioning(self, conditioning: Conditioning, keys: tuple[ImageKey, ...]) -> Conditioning:
         """The noisy conditioning: conditional embeddings first, then the unconditional ones."""
         draws = [generator("embedding-noise", k.suite, k.prompt.id, k.index) for k in keys]
-        found = self._noisy(conditioning, draws)
+        found = noisy(conditioning, self.scale, draws)
         if conditioning.negative is not None:
-            found = replace(found, negative=self._noisy(conditioning.negative, draws))
+            found = replace(found, negative=noisy(conditioning.negative, self.scale, draws))
         return found
 
-    def _noisy(self, conditioning: Conditioning, draws: Sequence[torch.Generator]) -> Conditioning:
-        embeds, pooled = conditioning.embeds, conditioning.pooled
-        embeds = embeds + self.scale * _normal_like(embeds, draws)
-        if pooled is not None:
-            pooled = pooled + self.scale * _normal_like(pooled, draws)
-        return replace(conditioning, embeds=embeds, pooled=pooled)
+
+def noisy(conditioning: Conditioning, scale: float, draws: Sequence[torch.Generator]) -> Conditioning:
+    """The conditioning with ``scale`` times unit normal noise on token and pooled embeddings.
+
+    ``draws`` holds one generator a row; ``negative`` stays as it is.
+    """
+    embeds, pooled = conditioning.embeds, conditioning.pooled
+    embeds = embeds + scale * _normal_like(embeds, draws)
+    if pooled is not None:
+        pooled = pooled + scale * _normal_like(pooled, draws)
+    return replace(conditioning, embeds=embeds, pooled=pooled)
 
 
 def _normal_like(tensor: Tensor, draws: Sequence[torch.Generator]) -> Tensor:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from lethebench.finetuning.hooks import TrainingHooks
 from lethebench.method import Task, setting
 from lethebench.methods._inserted_words import CITATION, LICENCE
+from lethebench.methods.embedding_noise import noisy
 from lethebench.methods.lora import LoraMethod
 from lethebench.registry import METHODS
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from lethebench.hooks import Conditioning
 
@@ -57,15 +57,4 @@ class NoisyEmbeddings(TrainingHooks):
 
     def embeddings(self, conditioning: Conditioning, draws: Sequence[torch.Generator]) -> Conditioning:
         """The noisy conditioning."""
-        embeds, pooled = conditioning.embeds, conditioning.pooled
-        embeds = embeds + self.scale * _normal_like(embeds, draws)
-        if pooled is not None:
-            pooled = pooled + self.scale * _normal_like(pooled, draws)
-        return replace(conditioning, embeds=embeds, pooled=pooled)
-
-
-def _normal_like(tensor: Tensor, draws: Sequence[torch.Generator]) -> Tensor:
-    """Unit normal noise like ``tensor`` ``[B, ...]``, each example's from its own generator."""
-    import torch
-
-    return torch.stack([torch.randn(tensor.shape[1:], generator=g) for g in draws]).to(tensor)
+        return noisy(conditioning, self.scale, draws)
