@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lethebench.finetuning import TrainingHooks
 
 VARIANTS = ("embedding", "gradient")
+PROMPTS = ("known", "captions", "all")
 
 
 @METHODS.register
@@ -36,8 +37,9 @@ class GradientProjection(LoraMethod):
     orthogonal complement of the span of the concept's embeddings (their main directions by SVD, as GPM takes
     them). A's start, its gradients and each optimiser step are projected, since Adam's scaling takes a
     projected gradient back into the span. At ``strength`` 1 the update maps every direction of the span to
-    zero. The embeddings are those of the sensitive prompts, all attributes together. Layers that take hidden
-    states (SD3, FLUX) get the span of their inputs on those prompts, with images of the training set.
+    zero. The embeddings are those of the sensitive prompts (``prompts``), all attributes together. Layers
+    that take hidden states (SD3, FLUX) get the span of their inputs on those prompts, with images of the
+    training set.
 
     ``gradient`` (variant B): the gradient of all layers together loses its part along the gradients of the
     denoising loss on the images that hold the concept; first-order only.
@@ -56,6 +58,10 @@ class GradientProjection(LoraMethod):
     )
     tokens: str = setting(
         "concept", "embedding: the concept's own tokens, those and all onwards, or all of a prompt"
+    )
+    prompts: str = setting(
+        "known",
+        "embedding: sensitive prompts known beforehand, training captions that name the concept, or all",
     )
     layers: str = setting(
         "text",
@@ -83,6 +89,7 @@ class GradientProjection(LoraMethod):
         """Refuse settings that make no sense."""
         require_choice("variant", self.variant, VARIANTS)
         require_choice("tokens", self.tokens, TOKENS)
+        require_choice("prompts", self.prompts, PROMPTS)
         require_choice("layers", self.layers, LAYERS)
         require_strength(self.strength)
         require_subspace(self.dimension, self.energy)

@@ -49,7 +49,7 @@ def subspaces(method: Method, task: Task) -> dict[str, Tensor]:
     the model would have to draw: any, as text states depend little on it, but for ``layers="all"`` one that
     holds the prompt's attribute.
     """
-    known = [named(text, task.attributes()) for text in task.sensitive_prompts()]
+    known = [named(text, task.attributes()) for text in prompts(method.prompts, task)]
     examples = _shuffled(task, task.training_set())[: len(known)]
     if method.layers == "all":
         examples = pictures(holding(task), [attribute.pair for _, attribute in known])
@@ -65,6 +65,16 @@ def subspaces(method: Method, task: Task) -> dict[str, Tensor]:
         energy=method.energy,
         examples=examples,
     )
+
+
+def prompts(which: str, task: Task) -> list[str]:
+    """The prompts that a method knew before, the training's captions that name an attribute, or both."""
+    captions = [example.caption for example in task.training_set() if example.named]
+    return {
+        "known": task.sensitive_prompts(),
+        "captions": captions,
+        "all": task.sensitive_prompts() + captions,
+    }[which]
 
 
 def named(text: str, attributes: Sequence[Attribute]) -> tuple[str, Attribute]:

@@ -33,8 +33,8 @@ from lethebench.methods.caption_randomisation import MULTIPLE, CaptionRandomisat
 from lethebench.methods.drop_captions import DropCaptions
 from lethebench.methods.drop_images import DropImages
 from lethebench.methods.embedding_noise_training import EmbeddingNoiseTraining
-from lethebench.methods.gradient_projection import GradientHooks, GradientProjection
-from lethebench.methods.gradient_projection.fit import named, pictures, sensitive_pairs, subspaces
+from lethebench.methods.gradient_projection import PROMPTS, GradientHooks, GradientProjection
+from lethebench.methods.gradient_projection.fit import named, pictures, prompts, sensitive_pairs, subspaces
 from lethebench.methods.lora import Lora, LoraOracle
 from lethebench.methods.loss_threshold import LossThreshold
 from lethebench.methods.uce import UCE
@@ -113,6 +113,23 @@ def test_strength_and_dimension_are_in_between():
     assert equal(zero.tensors, fitted[0].tensors)
 
 
+def test_sensitive_prompts_can_be_the_captions_that_name_an_attribute():
+    found = model("sd")
+    kinds = {name: GradientProjection(prompts=name, energy=1.0) for name in PROMPTS}
+    task = training_task(kinds["all"], found)
+    captions = [e.caption for e in EXAMPLES if e.named]
+    assert captions and len(captions) < len(EXAMPLES)
+    assert prompts("captions", task) == captions
+    assert prompts("all", task) == [*task.sensitive_prompts(), *captions]
+    name = next(iter(subspaces(kinds["all"], task)))
+    ranks = {kind: subspaces(method, task)[name] for kind, method in kinds.items()}
+    for kind in ("known", "captions"):  # the span of all holds either's
+        inside = ranks["all"] @ (ranks["all"].T @ ranks[kind])
+        assert torch.allclose(inside, ranks[kind], atol=1e-6)
+    # each attribute is named by one caption, of which the known prompts hold the beginning and more
+    assert [ranks[kind].shape[1] for kind in PROMPTS] == [4, 2, 4]
+
+
 def test_image_fed_layers_get_the_images_that_hold_the_prompts_attribute():
     found, method = model("sd"), GradientProjection(layers="all", dimension=2)
     assert method.sees == {Knowledge.CONCEPT_NAMES, Knowledge.TRAINING_IMAGES}
@@ -148,6 +165,7 @@ def test_a_prompt_is_of_the_attribute_that_it_names():
     [
         (GradientProjection, {"variant": "weights"}, "variant is one of embedding, gradient, not 'weights'"),
         (GradientProjection, {"tokens": "last"}, "tokens is one of concept, onwards, all, not 'last'"),
+        (GradientProjection, {"prompts": "own"}, "prompts is one of known, captions, all, not 'own'"),
         (GradientProjection, {"layers": "image"}, "layers is one of embeddings, text, all, not 'image'"),
         (GradientProjection, {"strength": 1.5}, "strength must be in"),
         (GradientProjection, {"dimension": 0}, "dimension must be at least 1, not 0"),
