@@ -520,6 +520,7 @@ def _provenance(plan: RowPlan, started: str, finished: str) -> Provenance:
         hardware=provenance.hardware(plan.runtime.device),
         dtype=plan.runtime.dtype,
         threads=plan.runtime.threads or provenance.physical_cores(),
+        loading=dict(plan.runtime.loading),
         started=started,
         finished=finished,
     )

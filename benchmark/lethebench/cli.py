@@ -30,6 +30,10 @@ Workers = Annotated[int, typer.Option("--workers", min=1, help="Processes that s
 Threads = Annotated[int, typer.Option("--threads", min=0, help="Processor threads; 0: the physical cores.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
+Load = Annotated[
+    list[str] | None,
+    typer.Option("--load", help="How the model is loaded: KEY=VALUE (offload, compile, quantise, ...)."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 
 
@@ -56,18 +60,18 @@ def _fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def _overrides(pairs: list[str] | None) -> dict[str, Any]:
+def _overrides(pairs: list[str] | None, option: str = "--set") -> dict[str, Any]:
     import yaml
 
     found = {}
     for pair in pairs or []:
         key, equals, value = pair.partition("=")
         if not equals:
-            raise UserError(f"--set takes KEY=VALUE, not '{pair}'")
+            raise UserError(f"{option} takes KEY=VALUE, not '{pair}'")
         try:
             parsed = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise UserError(f"--set {key}: '{value}' is not a value") from error
+            raise UserError(f"{option} {key}: '{value}' is not a value") from error
         found[key] = _number(parsed) if isinstance(parsed, str) else parsed
     return found
 
@@ -95,6 +99,16 @@ def _threads(threads: int, workers: int) -> int:
     return max(1, physical_cores() // workers) if workers > 1 and not threads else threads
 
 
+def _runtime(device: str, dtype: str, threads: int, load: list[str] | None = None) -> Any:
+    """How things are computed. Raises UserError for a dtype or a setting of loading that there isn't."""
+    from lethebench.plan import Runtime
+    from lethebench.zoo import LoadSettings
+
+    loading = _overrides(load, "--load")
+    LoadSettings.of(loading)
+    return Runtime(device, _dtype(dtype), threads, tuple(sorted(loading.items())))
+
+
 def _bench(
     method: str,
     suite: str,
@@ -107,10 +121,10 @@ def _bench(
     threads: int,
     device: str,
     dtype: str,
+    load: list[str] | None,
     until: str,
 ) -> Any:
     from lethebench.bench import report_failures, run
-    from lethebench.plan import Runtime
 
     outcome = run(
         [m for m in method.split(",") if m],
@@ -121,7 +135,7 @@ def _bench(
         runs=runs,
         engine_name=engine,
         workers=workers,
-        runtime=Runtime(device=device, dtype=_dtype(dtype), threads=_threads(threads, workers)),
+        runtime=_runtime(device, dtype, _threads(threads, workers), load),
         until=until,
     )
     return outcome, lambda: report_failures(outcome.failures)
@@ -142,12 +156,13 @@ def bench(
     threads: Threads = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    load: Load = None,
     site: Annotated[Path, typer.Option(help="Where the page is written.")] = Path("site"),
     json_: Json = False,
 ) -> None:
     """Fit, generate, score and rank a method; write its rows and the leaderboard page."""
     outcome, report = _bench(
-        method, suite, model, strength, overrides, runs, engine, workers, threads, device, dtype, "row"
+        method, suite, model, strength, overrides, runs, engine, workers, threads, device, dtype, load, "row"
     )
     from lethebench.leaderboard import build
 
@@ -174,9 +189,22 @@ def _stage(until: str, done: str) -> Any:
         threads: Threads = 0,
         device: Device = "cpu",
         dtype: Dtype = "float32",
+        load: Load = None,
     ) -> None:
         outcome, report = _bench(
-            method, suite, model, strength, overrides, runs, engine, workers, threads, device, dtype, until
+            method,
+            suite,
+            model,
+            strength,
+            overrides,
+            runs,
+            engine,
+            workers,
+            threads,
+            device,
+            dtype,
+            load,
+            until,
         )
         report()
         print(f"{done}: {outcome.computed[until]} made in {outcome.seconds:.1f} s, the rest was there")
@@ -209,11 +237,11 @@ def export(
     threads: Threads = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    load: Load = None,
     instance: Annotated[str | None, typer.Option(help="Where a suite fine-tunes: which of its sets.")] = None,
 ) -> None:
     """Write the mitigated model of a permanent edit as a folder; fits it first where need be."""
     from lethebench.export import export_fitted
-    from lethebench.plan import Runtime
 
     folder = export_fitted(
         method,
@@ -223,7 +251,7 @@ def export(
         strength=strength,
         overrides=_overrides(overrides),
         runs=runs,
-        runtime=Runtime(device=device, dtype=_dtype(dtype), threads=threads),
+        runtime=_runtime(device, dtype, threads, load),
         instance=instance,
     )
     print(folder)
@@ -379,7 +407,6 @@ def metrics(
 ) -> None:
     """Measure metrics against what was really memorized: AUC by kind, confusion matrix, cost."""
     from lethebench.evaluation import evaluate, print_tables
-    from lethebench.plan import Runtime
 
     found = evaluate(
         names or [],
@@ -389,7 +416,7 @@ def metrics(
         runs=runs,
         engine_name=engine,
         workers=workers,
-        runtime=Runtime(device=device, dtype=_dtype(dtype), threads=_threads(threads, workers)),
+        runtime=_runtime(device, dtype, _threads(threads, workers)),
     )
     if json_:
         print(json.dumps(found.record))

@@ -93,7 +93,7 @@ def export_fitted(
     store = Store(runs / "store")
     store.prepare()
     artefacts = fit_all(plan, store, instance or "")
-    loaded = loaded_model(plan.model, plan.runtime.device, plan.runtime.dtype)
+    loaded = loaded_model(plan.model, plan.runtime)
     return export(loaded, plan.recipe, artefacts, folder)
 
 

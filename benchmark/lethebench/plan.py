@@ -15,7 +15,7 @@ from lethebench.errors import UserError
 from lethebench.hooks import ImageKey
 from lethebench.method import Method, fitted_settings, identity_of, places_of, settings_of
 from lethebench.metric import Metric, configure_metric
-from lethebench.prompts import Prompt, PromptSet
+from lethebench.prompts import Prompt, PromptSet, Union
 from lethebench.provenance import (
     DECISIVE,
     FITTING_CODE,
@@ -49,11 +49,15 @@ class Runtime:
     dtype: str = "float32"
     threads: int = 0
     """Processor threads; 0 means the physical cores."""
+    loading: tuple[tuple[str, Any], ...] = ()
+    """How the model is loaded where that isn't the default: settings of ``zoo.LoadSettings``, by name."""
 
 
 @lru_cache(maxsize=4)
 def prompt_set(name: str) -> PromptSet:
-    """The registered prompt set, made once a process."""
+    """The registered prompt set, made once a process; of several, joined by ``+``, their union."""
+    if "+" in name:
+        return Union([prompt_set(part) for part in name.split("+")])
     found = PROMPT_SETS.get(name)
     made: PromptSet = found() if isinstance(found, type) else found
     return made
@@ -62,7 +66,8 @@ def prompt_set(name: str) -> PromptSet:
 @lru_cache(maxsize=4)
 def manifest_sha256(name: str) -> str:
     """The SHA-256 of a prompt set's manifest and of the source that makes its references."""
-    return digest([prompt_set(name).manifest(), source_sha256(PROMPT_SETS.get(name))])
+    sources = [source_sha256(PROMPT_SETS.get(part)) for part in name.split("+")]
+    return digest([prompt_set(name).manifest(), sources[0] if len(sources) == 1 else sources])
 
 
 def weights_sha256(model: str) -> dict[str, str]:
@@ -250,6 +255,7 @@ class RowPlan:
             "packages": packages(DECISIVE),
             "device": self.runtime.device.partition(":")[0],
             "dtype": self.runtime.dtype,
+            **({"loading": dict(self.runtime.loading)} if self.runtime.loading else {}),
         }
 
     def fit_key(self, part: int, instance: str = "") -> dict[str, Any]:

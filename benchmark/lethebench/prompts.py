@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lethebench.errors import UserError
 
 
 class Role(StrEnum):
@@ -95,3 +97,62 @@ class PromptSet(Protocol):
     def manifest(self) -> dict[str, Any]:
         """Upstream file, commit, sha256 and licence; for a generated set its recipe and seed."""
         ...
+
+
+class Union:
+    """Several prompt sets as one: ids and clusters begin with the set's name and a slash.
+
+    Raises UserError for a set that is named twice, and for a set with instances (for fine-tuning).
+    """
+
+    def __init__(self, parts: Sequence[PromptSet]) -> None:
+        self.parts = {part.name: part for part in parts}
+        if len(self.parts) < len(parts):
+            raise UserError(f"prompt sets named twice: {'+'.join(p.name for p in parts)}")
+        for part in parts:
+            if hasattr(part, "instances"):
+                raise UserError(
+                    f"prompt set '{part.name}' is for fine-tuning: it can't be joined with others"
+                )
+        self.name = "+".join(self.parts)
+        self.version = "+".join(part.version for part in parts)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        """The prompts of each set in turn."""
+        for name, part in self.parts.items():
+            for prompt in part:
+                yield replace(
+                    prompt,
+                    id=f"{name}/{prompt.id}",
+                    cluster=f"{name}/{prompt.cluster}",
+                    references=tuple(f"{name}/{one}" for one in prompt.references),
+                    twin=None if prompt.twin is None else f"{name}/{prompt.twin}",
+                )
+
+    def reference(self, reference_id: str) -> Reference:
+        """The reference of the set that the id begins with; KeyError where there is none."""
+        name, _, rest = reference_id.partition("/")
+        return self.parts[name].reference(rest)
+
+    def training_prompts(self) -> Sequence[str]:
+        """The training prompts of all sets, each text once."""
+        return list(dict.fromkeys(text for part in self.parts.values() for text in part.training_prompts()))
+
+    def manifest(self) -> dict[str, Any]:
+        """The sets' manifests by name."""
+        return {name: part.manifest() for name, part in self.parts.items()}
+
+    def paraphrases(self, prompt_id: str) -> Sequence[str]:
+        """The paraphrases of the set that the id begins with; none where it has none."""
+        name, _, rest = prompt_id.partition("/")
+        own: Any = getattr(self.parts[name], "paraphrases", None)
+        return () if own is None else tuple(own(rest))
+
+    def anchor_concept(self, concept: str) -> str:
+        """What the first set that knows the concept puts in its place; "" where none does."""
+        for part in self.parts.values():
+            own: Any = getattr(part, "anchor_concept", None)
+            found = "" if own is None else own(concept)
+            if found:
+                return str(found)
+        return ""

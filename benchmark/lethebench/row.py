@@ -94,6 +94,8 @@ class Provenance(Spec):
     hardware: dict[str, str | int | float]
     dtype: str
     threads: int
+    loading: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    """How the model was loaded where that isn't the default (``zoo.LoadSettings``)."""
     started: str
     finished: str
 

@@ -170,11 +170,36 @@ def load_suite(name: str) -> Suite:
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
         raise UserError(f"unknown suite '{name}': {hint}")
     try:
-        return Suite.model_validate(yaml.safe_load(path.read_text()))
+        found = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise UserError(f"suite file {path} is not YAML: {str(error).splitlines()[0]}") from error
+    if isinstance(found, dict) and "extends" in found:
+        found = _extended(found, path)
+    try:
+        return Suite.model_validate(found)
     except ValidationError as error:
         raise UserError(f"suite file {path}: {first_error(error)}") from error
+
+
+def _extended(given: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A suite that ``extends`` another: each of its keys in place of the other's, mappings (``fit``) by key.
+
+    What it extends is a suite of the package, or a file beside it.
+    """
+    own = {key: value for key, value in given.items() if key != "extends"}
+    parent, beside = str(given["extends"]), path.parent / str(given["extends"])
+    if missing := {"name", "version"} - own.keys():
+        raise UserError(
+            f"suite file {path} extends {parent} and needs its own {' and '.join(sorted(missing))}"
+        )
+    if beside.resolve() == path.resolve() or parent == path.stem:
+        raise UserError(f"suite file {path} extends itself")
+    is_file = parent.endswith((".yaml", ".yml"))
+    inherited = load_suite(str(beside) if is_file else parent).model_dump(mode="json", exclude_defaults=True)
+    for key in ("controls", "fit"):
+        if isinstance(own.get(key), dict):
+            own[key] = {**inherited.get(key, {}), **own[key]}
+    return {**inherited, **own}
 
 
 def suite_names() -> list[str]:

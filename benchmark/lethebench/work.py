@@ -104,22 +104,25 @@ def set_threads(threads: int) -> int:
 
 
 @lru_cache(maxsize=1)
-def loaded_model(name: str, device: str, dtype: str) -> Model:
+def loaded_model(name: str, runtime: Runtime) -> Model:
     """The model under test, loaded once a process."""
-    from lethebench.zoo import load_model
+    return _load(name, runtime)
 
-    return load_model(name, device=device, dtype=dtype)
+
+def _load(name: str, runtime: Runtime) -> Model:
+    from lethebench.zoo import LoadSettings, load_model
+
+    loading = LoadSettings.of(dict(runtime.loading))
+    return load_model(name, device=runtime.device, dtype=runtime.dtype, loading=loading)
 
 
 def _another_model(plan: RowPlan) -> Model:
     """The model loaded once more: untouched by what is applied to the one at work."""
-    from lethebench.zoo import load_model
-
-    return load_model(plan.model, device=plan.runtime.device, dtype=plan.runtime.dtype)
+    return _load(plan.model, plan.runtime)
 
 
 def _model(plan: RowPlan) -> Model:
-    return loaded_model(plan.model, plan.runtime.device, plan.runtime.dtype)
+    return loaded_model(plan.model, plan.runtime)
 
 
 # --- fit ------------------------------------------------------------------------------------------

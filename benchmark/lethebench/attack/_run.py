@@ -260,7 +260,8 @@ def row_target(folder: Path, suite: Suite, model: str, threads: int = 0, spec: s
     if not recipe.generates:
         raise UserError(f"{told} draws nothing with the model: there is nothing to attack")
     device = str(row.provenance.hardware.get("device", "cpu"))
-    plan = RowPlan(suite, model, recipe, Runtime(device, row.provenance.dtype, threads))
+    loading = tuple(sorted(row.provenance.loading.items()))
+    plan = RowPlan(suite, model, recipe, Runtime(device, row.provenance.dtype, threads, loading))
     if plan.model_name != row.model:
         raise UserError(f"{told} is a row of model {row.model}, not {plan.model_name}: name it by --model")
     key = made_key(folder)

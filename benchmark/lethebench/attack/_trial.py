@@ -195,7 +195,7 @@ class _Part:
 
 def _part(plan: RowPlan, attack: Attack, instance: str, asked: list[Prompt], store: Store) -> _Part:
     """Attack one instance's model with the instance's own prompts."""
-    model = loaded_model(plan.model, plan.runtime.device, plan.runtime.dtype)
+    model = loaded_model(plan.model, plan.runtime)
     prompts, sampler = prompt_set(plan.suite.prompt_set), plan.suite.sampler
     subject = Subject(model, sampler, prompts, plan.suite.key, unseen_index(plan))
     blind = [blinded(p) for p in asked]

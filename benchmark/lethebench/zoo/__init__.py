@@ -10,9 +10,11 @@ from __future__ import annotations
 from lethebench.zoo._files import check_model, family_of, find_model, model_folder, weights_sha256
 from lethebench.zoo._load import load_model, wrap
 from lethebench.zoo._model import FAMILIES, Model, ModelEntry
+from lethebench.zoo._settings import LoadSettings
 
 __all__ = [
     "FAMILIES",
+    "LoadSettings",
     "Model",
     "ModelEntry",
     "check_model",

@@ -14,6 +14,7 @@ from lethebench.errors import UserError
 from lethebench.specs import SamplerSettings, first_error
 from lethebench.zoo._files import INDEX, check_model, model_folder, read_json
 from lethebench.zoo._model import FAMILIES, Model, ModelEntry
+from lethebench.zoo._settings import LoadSettings
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,12 @@ DEFAULTS = "lethe.json"
 
 
 def load_model(
-    name: str, *, device: str = "cpu", dtype: str = "float32", revision: str | None = None
+    name: str,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    revision: str | None = None,
+    loading: LoadSettings | None = None,
 ) -> Model:
     """The model of a registered name, a local folder or a cached hub id.
 
