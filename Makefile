@@ -10,6 +10,7 @@ RUNS     ?= runs
 SITE     ?= site
 THREADS  ?= 0
 WORKERS  ?= 1
+JOBS     ?= auto
 SET      ?=
 ROW      ?=
 ATTACK   ?=
@@ -42,8 +43,8 @@ attack: $(SETUP) ## Is memorization gone or only hidden? ROW=uniforget/strong (o
 	@test -n "$(ROW)" || { echo "make: say which row: make attack ROW=uniforget/strong"; exit 2; }
 	$(LETHE) attack "$(ROW)" --suite "$(SUITE)" --engine $(ENGINE) --runs "$(RUNS)" --site "$(SITE)" --threads $(THREADS) --workers $(WORKERS) $(if $(MODEL),--model "$(MODEL)") $(foreach a,$(ATTACK),--attack "$(a)")
 
-test: $(SETUP) ## Run the tests
-	$(VENV)/bin/python -m pytest -q
+test: $(SETUP) ## Run the tests, JOBS processes at a time (auto: a physical core each)
+	$(VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile
 
 leaderboard: $(SETUP) ## Write site/index.html from the results in RUNS
 	$(LETHE) leaderboard --runs "$(RUNS)" --out "$(SITE)"
