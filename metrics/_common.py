@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from lethebench.errors import RunError
 from lethebench.metric import Shard
 from lethebench.prompts import Prompt, PromptSet, Reference, Role
+from lethebench.referencing import Descriptor, described
 
 T = TypeVar("T")
 Images = NDArray[np.uint8]
@@ -79,6 +80,32 @@ def remembered(owner: object, key: Any, make: Callable[[], T]) -> T:
 def reference_of(prompt_set: PromptSet, reference_id: str) -> Reference:
     """The reference, made once."""
     return remembered(prompt_set, ("reference", reference_id), lambda: prompt_set.reference(reference_id))
+
+
+def reference_vectors(
+    prompt_set: PromptSet,
+    ids: Iterable[str],
+    descriptor: Descriptor,
+    describe: Callable[[Iterable[Images]], NDArray[Any]],
+) -> dict[str, NDArray[Any]]:
+    """The references' vectors ``[d]`` by id: those that the set keeps, else ``describe`` of the images.
+
+    Each is described once. Raises UserError where the set keeps vectors of another descriptor only.
+    """
+    known: dict[str, NDArray[Any]] = remembered(prompt_set, ("vectors", descriptor), dict)
+    pictured = []
+    for name in ids:
+        if name in known:
+            continue
+        kept = described(prompt_set, name)
+        if kept is None:
+            pictured.append(name)
+        else:
+            known[name] = kept.by(descriptor)
+    if pictured:
+        vectors = describe(prompt_set.reference(name).image for name in pictured)  # the images aren't kept
+        known.update(zip(pictured, vectors, strict=True))
+    return known
 
 
 def trigger_references(prompt_set: PromptSet) -> tuple[str, ...]:

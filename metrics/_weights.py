@@ -6,7 +6,6 @@ is for, or where a metric's setting ``path`` says.
 
 from __future__ import annotations
 
-import os
 import re
 import zipfile
 from dataclasses import dataclass
@@ -14,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lethebench.errors import UserError
+from lethebench.promptfiles.sources import data_folder
 from lethebench.store import known_sha256
-
-DATA = "LETHE_DATA"
 
 
 @dataclass(frozen=True)
@@ -32,12 +30,6 @@ class Published:
     url: str
     sha256: str | None = None
     pinned_by: str = ""
-
-
-def data_folder() -> Path:
-    """The folder of downloaded files: ``$LETHE_DATA``, else ``~/.cache/lethe``."""
-    given = os.environ.get(DATA, "")
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "lethe"
 
 
 def path_of(published: Published, given: str = "") -> Path:

@@ -20,8 +20,7 @@ from lethebench.metrics._common import (
     HARD_NEGATIVE,
     asks_for_copy,
     check_shard,
-    reference_of,
-    remembered,
+    reference_vectors,
     spread,
     texts,
     trigger_references,
@@ -35,6 +34,7 @@ from lethebench.metrics._weights import (
     titled,
 )
 from lethebench.prompts import Role
+from lethebench.referencing import Descriptor
 from lethebench.registry import METRICS
 from lethebench.store import known_sha256
 
@@ -364,6 +364,14 @@ class SSCD(Metric):
         path = self._file()
         return {path.name: path}
 
+    def descriptor(self) -> Descriptor:
+        """The preset, and the SHA-256 of the model's file."""
+        return Descriptor(f"sscd:{self.preset}", known_sha256(self._file()), self._preset().describe())
+
+    def describe(self, images: Iterable[NDArray[np.uint8]]) -> Floats:
+        """Descriptors of the preset, float64 ``[n, d]`` of unit length."""
+        return describe(images, self._model(), self._preset(), self.device)
+
     def measure(self, shard: Shard) -> Mapping[str, NDArray[Any]]:
         """Columns of the table; NaN (or an empty text) on prompts that ask for no copy.
 
@@ -382,7 +390,7 @@ class SSCD(Metric):
             ids = sorted({r for i in at for r in shard.prompts[i].references} | set(trained))
             place = {name: number for number, name in enumerate(ids)}
             among = [place[name] for name in trained]
-            products = self._describe(shard.images[i] for i in at) @ self._references(shard, ids).T
+            products = self.describe(shard.images[i] for i in at) @ self._references(shard, ids).T
             cosines = np.clip(products, -1.0, 1.0)  # of equal pictures, rounding may leave more than 1
             for row, i in zip(cosines, at, strict=True):
                 own.append(float(row[[place[r] for r in shard.prompts[i].references]].max()))
@@ -440,15 +448,7 @@ class SSCD(Metric):
         path = self._file()
         return load(path, known_sha256(path), self.device)
 
-    def _describe(self, images: Iterable[NDArray[np.uint8]]) -> Floats:
-        return describe(images, self._model(), self._preset(), self.device)
-
     def _references(self, shard: Shard, ids: Sequence[str]) -> Floats:
-        """Descriptors of the references, ``[r, d]``; each is described once a process."""
-        key = ("sscd", self.preset, known_sha256(self._file()), self.device)
-        known: dict[str, Floats] = remembered(shard.prompt_set, key, dict)
-        new = [name for name in ids if name not in known]
-        if new:
-            pictures = (reference_of(shard.prompt_set, name).image for name in new)
-            known.update(zip(new, self._describe(pictures), strict=True))
+        """The references' descriptors, ``[r, d]``."""
+        known = reference_vectors(shard.prompt_set, ids, self.descriptor(), self.describe)
         return np.stack([known[name] for name in ids])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from lethebench.hooks import Recorder
+    from lethebench.referencing import Descriptor
 
 Direction = Literal["lower", "higher", "none"]
 
@@ -126,6 +127,16 @@ class Metric(ABC):
     def weights(self) -> Mapping[str, Path]:
         """Files that determine the values, by a name: their SHA-256 goes into row and store."""
         return {}
+
+    def descriptor(self) -> Descriptor | None:
+        """What makes the vectors by which images are compared with references, if nothing else is asked of a
+        reference: then :meth:`describe` makes them, and references may be an index (``lethe index``).
+        """
+        return None
+
+    def describe(self, images: Iterable[NDArray[np.uint8]]) -> NDArray[Any]:
+        """Vectors of unit length ``[n, d]`` of images uint8 ``[height, width, 3]``, of any sizes."""
+        raise NotImplementedError(f"metric '{self.name}' compares no descriptors")
 
     def recorder(self) -> Recorder | None:
         """What watches the sampling for this metric; needed if ``records`` names something."""

@@ -65,10 +65,11 @@ SAMPLER_CODE = (
     "method.py",
     "work.py",
 )
-FITTING_CODE = ("unlearning", "judges", "magnitude.py")
+FITTING_CODE = ("unlearning", "judges", "magnitude.py", "referencing/_read.py")
 """What methods share, beside the sampler's code: part of the keys of fits, and so of images."""
 SCORING_CODE = (
     "judges",
+    "referencing",
     "pairs/msssim.py",
     "pairs/matches.py",
     "pairs/neighbours.py",

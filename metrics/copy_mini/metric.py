@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,17 +19,19 @@ from lethebench.metrics._common import (
     check_shard,
     check_vectors,
     read_calibration,
-    reference_of,
-    remembered,
+    reference_vectors,
     spread,
     texts,
     trigger_references,
 )
 from lethebench.prompts import Role
+from lethebench.referencing import Descriptor
 from lethebench.registry import METRICS
 
 FOLDER = Path(__file__).parent
 JUDGE = "copy-mini"
+SIDE = 64
+"""Height and width in pixels of what the judge looks at."""
 _TRIGGERS = frozenset({Role.TRIGGER})
 _CONTROLS = frozenset({Role.CONTROL})
 
@@ -38,6 +41,15 @@ def best_cosine(descriptors: NDArray[Any], references: NDArray[Any]) -> tuple[fl
     cosines = references @ descriptors
     best = int(cosines.argmax())
     return min(1.0, max(-1.0, float(cosines[best]))), best
+
+
+def _resized(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The image at the judge's size, without regard to its aspect."""
+    from PIL import Image
+
+    if image.shape[:2] == (SIDE, SIDE):
+        return image
+    return np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BILINEAR))
 
 
 @METRICS.register
@@ -113,6 +125,19 @@ class CopyMini(Metric):
     def __init__(self, judge: Any = None) -> None:
         self.judge = judge
 
+    def descriptor(self) -> Descriptor:
+        """The built-in judge with its weights' SHA-256, or the object that was given in its place."""
+        if self.judge is not None:
+            return Descriptor(f"copy-mini by {type(self.judge).__name__} {id(self.judge)}", "")
+        from lethebench.judges.base import SUMS, WEIGHTS, shipped_folder
+
+        sums = json.loads((shipped_folder(JUDGE) / SUMS).read_text(encoding="utf-8"))
+        return Descriptor(JUDGE, str(sums[WEIGHTS]), "64 x 64 pixels, bilinear where resized (ours)")
+
+    def describe(self, images: Iterable[NDArray[np.uint8]]) -> NDArray[Any]:
+        """The judge's descriptors of unit length, of images of any sizes: resized to its 64 x 64 pixels."""
+        return self._describe(np.stack([_resized(image) for image in images]))
+
     def measure(self, shard: Shard) -> Mapping[str, NDArray[Any]]:
         """``copy_mini_similarity``, ``_copy`` (0 or 1), ``_nearest`` (id) and ``_nearest_similarity``."""
         check_shard(self.name, shard)
@@ -122,9 +147,8 @@ class CopyMini(Metric):
         if at:
             described = self._describe(shard.images[at])
             trained = trigger_references(shard.prompt_set)
-            library = self._references(
-                shard, sorted({r for i in at for r in shard.prompts[i].references} | set(trained))
-            )
+            needed = sorted({r for i in at for r in shard.prompts[i].references} | set(trained))
+            library = reference_vectors(shard.prompt_set, needed, self.descriptor(), self.describe)
             known = np.stack([library[name] for name in trained]) if trained else None
             for row, i in zip(described, at, strict=True):
                 own.append(best_cosine(row, np.stack([library[r] for r in shard.prompts[i].references]))[0])
@@ -159,11 +183,3 @@ class CopyMini(Metric):
             found = self.judge.describe(images)
         check_vectors(self.name, "descriptors", found, len(images))
         return np.asarray(found)
-
-    def _references(self, shard: Shard, ids: list[str]) -> dict[str, NDArray[Any]]:
-        known: dict[str, NDArray[Any]] = remembered(shard.prompt_set, ("copy-mini", id(self.judge)), dict)
-        new = [name for name in ids if name not in known]
-        if new:
-            images = np.stack([reference_of(shard.prompt_set, name).image for name in new])
-            known.update(zip(new, self._describe(images), strict=True))
-        return known
