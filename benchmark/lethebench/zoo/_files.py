@@ -7,24 +7,31 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lethebench.errors import UserError
-from lethebench.store import file_sha256
+from lethebench.store import file_sha256, known_sha256
 from lethebench.zoo._model import FAMILIES, Family, ModelEntry
+from lethebench.zoo._snapshot import NEEDED, NOT_NEEDED
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 """The package's folder of built-in models."""
 INDEX = "model_index.json"
 RECORD = "weights.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_WEIGHTS_FILE = re.compile(r"(diffusion_pytorch_model|model)(-\d+-of-\d+)?\.safetensors")
+"""What is loaded of a component: the hub has variants and single-file copies beside it."""
+_UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+"""Components that Lethe never loads."""
 
 
 def find_model(name: str, *, revision: str | None = None) -> ModelEntry:
     """The entry of a registered name, a local folder or a hub id, without loading it. Raises UserError.
 
+    A hub id that a registered model is loaded from gives that model, defaults and pinned revision included.
     A folder wins over a hub id of the same spelling; ``revision`` is for hub ids.
     """
     from lethebench.registry import MODELS
@@ -37,6 +44,11 @@ def find_model(name: str, *, revision: str | None = None) -> ModelEntry:
         return ModelEntry(_slug(path.resolve().name), _family(path, name), str(path.resolve()))
     if path.is_absolute() or name.startswith(("./", "../", "~")):
         raise UserError(f"model folder not found: {name}")
+    for _, registered in MODELS.items():
+        if not registered.builtin and name in (registered.source, *registered.mirrors):
+            pinned = registered.revision if name == registered.source else registered.mirrors[name]
+            found: ModelEntry = replace(registered, source=name, revision=revision or pinned)
+            return found
     if _HUB_ID.fullmatch(name):
         folder = _cached(name, revision)
         return ModelEntry(_slug(name), _family(folder, name), name, revision=revision)
@@ -55,7 +67,15 @@ def model_folder(entry: ModelEntry) -> Path:
             )
         return folder
     path = Path(entry.source).expanduser()
-    return path if path.is_dir() else _cached(entry.source, entry.revision)
+    if path.is_dir():
+        return path
+    try:
+        return _cached(entry.source, entry.revision)
+    except UserError:
+        for source, revision in entry.mirrors.items():
+            if source != entry.source and _in_cache(source, revision) is not None:
+                return _cached(source, revision)
+        raise
 
 
 def family_of(name: str) -> Family:
@@ -69,18 +89,69 @@ def check_model(name: str, *, revision: str | None = None) -> ModelEntry:
     Returns the entry. Reads every recorded file once (built-in models: under 0.2 s).
     """
     entry = find_model(name, revision=revision)
-    verify(model_folder(entry), entry)
+    folder = model_folder(entry)
+    verify(folder, entry)
+    lacking = missing_files(folder)
+    if lacking:
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise UserError(f"model '{name}': {folder} lacks {lacking[0]}{more}: {_repair(entry)}")
     return entry
 
 
+def missing_files(folder: Path) -> list[str]:
+    """What a model's folder lacks of the files that loading reads: a download that was cut short, say."""
+    found = []
+    for component, (library, _) in components(folder).items():
+        if library not in ("diffusers", "transformers"):
+            continue
+        there = folder / component
+        if component.startswith(("tokenizer", "scheduler")):
+            if not there.is_dir() or not any(there.iterdir()):
+                found.append(f"{component}/")
+            continue
+        parts = [n for n in _parts(there) if not (there / n).is_file()]
+        found += [f"{component}/{n}" for n in ("config.json", *parts) if not (there / n).is_file()]
+    return found
+
+
+def _parts(folder: Path) -> list[str]:
+    """The names of a component's safetensors files: those of its index, else the single one."""
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        if index.name.startswith(("model.", "diffusion_pytorch_model.")):
+            return sorted(set(read_json(index).get("weight_map", {}).values()))
+    present = weights_files(folder)
+    return present or [
+        "model.safetensors" if "encoder" in folder.name else "diffusion_pytorch_model.safetensors"
+    ]
+
+
+def weights_files(folder: Path) -> list[str]:
+    """The safetensors files of a component's folder that are loaded: no variants (fp16, EMA)."""
+    return sorted(p.name for p in folder.glob("*.safetensors") if _WEIGHTS_FILE.fullmatch(p.name))
+
+
+def components(folder: Path) -> dict[str, tuple[str, str]]:
+    """The components that ``model_index.json`` names and Lethe loads: (library, class) by name."""
+    found = {
+        name: (str(value[0]), str(value[1]))
+        for name, value in read_json(folder / INDEX).items()
+        if isinstance(value, list) and len(value) == 2 and value[0] is not None
+    }
+    return {name: value for name, value in found.items() if name not in _UNUSED}
+
+
 def weights_sha256(name: str, *, revision: str | None = None) -> dict[str, str]:
-    """The SHA-256 of each safetensors file of a named model, computed from the files."""
+    """The SHA-256 of each safetensors file that a named model is loaded from."""
     return folder_sha256(model_folder(find_model(name, revision=revision)))
 
 
 def folder_sha256(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each safetensors file under ``folder``, by its relative path."""
-    return {str(p.relative_to(folder)): file_sha256(p) for p in sorted(folder.rglob("*.safetensors"))}
+    """The SHA-256 of each safetensors file that is loaded from ``folder``, by its relative path.
+
+    Read once a process while a file stays as it is: a large model has 34 GB of them.
+    """
+    files = sorted(f"{part}/{name}" for part in components(folder) for name in weights_files(folder / part))
+    return {name: known_sha256(folder / name) for name in files}
 
 
 def verify(folder: Path, entry: ModelEntry) -> None:
@@ -119,7 +190,24 @@ def read_json(path: Path) -> dict[str, Any]:
 def _repair(entry: ModelEntry) -> str:
     if entry.builtin:
         return "restore it (`git checkout` in a clone), install lethebench again, or run `make models`"
+    if not Path(entry.source).is_absolute():
+        return f"fetch it again with `{download_command(entry.source, entry.revision)}`"
     return "copy or save the model again"
+
+
+def download_command(source: str, revision: str | None) -> str:
+    """The command that fetches the files of a hub id that Lethe loads, and no others, into the cache."""
+    at = f" --revision {revision}" if revision else ""
+    wanted = (
+        "model_index.json",
+        "*/*.json",
+        "*/*.txt",
+        "*/*.model",
+        "*/diffusion_pytorch_model*.safetensors",
+    )
+    kept = " ".join(f"--include '{pattern}'" for pattern in (*wanted, "*/model*.safetensors"))
+    left = " ".join(f"--exclude '{pattern}'" for pattern in ("*.fp16*", "*non_ema*", "safety_checker/*"))
+    return f"hf download {source}{at} {kept} {left}"
 
 
 def _family(folder: Path, name: str) -> Family:
@@ -132,20 +220,41 @@ def _family(folder: Path, name: str) -> Family:
     return FAMILIES[found]
 
 
+def quantised(index: Iterable[str]) -> list[str]:
+    """The components that ``quantise`` packs, of those of a pipeline: the denoiser and the T5 encoder."""
+    denoiser = [name for name in ("unet", "transformer") if name in index]
+    t5 = {"tokenizer_3": "text_encoder_3", "tokenizer_2": "text_encoder_2"}
+    largest = next((t5[name] for name in t5 if name in index and "transformer" in index), None)
+    return denoiser + ([largest] if largest else [])
+
+
 def _cached(name: str, revision: str | None) -> Path:
-    """The snapshot folder of a hub id in the local cache; never downloads."""
+    """The snapshot folder of a hub id in the local cache; never downloads. Raises UserError."""
+    folder = _in_cache(name, revision)
+    if folder is None:
+        raise UserError(
+            f"model '{name}' is no local folder and not in the local Hugging Face cache: "
+            f"Lethe downloads nothing by itself; fetch it with `{download_command(name, revision)}`"
+        )
+    return folder
+
+
+def _in_cache(name: str, revision: str | None) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    at = f" --revision {revision}" if revision else ""
     try:
-        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        raise UserError(
-            f"model '{name}' is not registered, no local folder, and not in the local Hugging Face cache: "
-            f"Lethe downloads nothing by itself; fetch it with `hf download {name}{at}`"
-        ) from error
-    return folder
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                local_files_only=True,
+                allow_patterns=list(NEEDED),  # what the hub has beside these may be missing
+                ignore_patterns=list(NOT_NEEDED),
+            )
+        )
+    except (LocalEntryNotFoundError, HFValidationError, OSError):
+        return None
 
 
 def _slug(name: str) -> str:

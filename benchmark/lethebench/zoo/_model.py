@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lethebench.specs import SamplerSettings
+from lethebench.zoo._settings import LoadSettings
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +33,12 @@ class ModelEntry:
     ``source`` is a folder name under ``lethebench/weights`` (``builtin``), a local path, or a hub id,
     then at ``revision`` (a commit hash pins it). ``sampler`` holds the model's defaults; a ``None``
     height or width leaves the size to the pipeline.
+
+    The rest is for published models: ``mirrors`` are other hub ids of the same weights, with their revisions;
+    ``gated`` says that the hub asks for an account that accepted the licence; ``max_tokens`` cuts the T5
+    encoder's prompts. What memory is needed can be told without any file from ``parameters`` (by component),
+    ``stored`` (bytes of one on the hub) and ``denoiser`` (its configuration, where that isn't diffusers'
+    default): ``lethebench.memory``.
     """
 
     name: str
@@ -41,6 +49,12 @@ class ModelEntry:
     licence: str = ""
     sampler: SamplerSettings = field(default_factory=SamplerSettings)
     builtin: bool = False
+    mirrors: Mapping[str, str] = field(default_factory=dict)
+    gated: bool = False
+    max_tokens: int | None = None
+    parameters: Mapping[str, int] = field(default_factory=dict)
+    stored: int = 2
+    denoiser: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
 @dataclass
@@ -49,7 +63,7 @@ class Model:
 
     ``dtype`` is the denoiser's and the text encoders'; the VAE always computes in float32, so that
     images don't depend on ``dtype`` twice. ``folder`` is where it was loaded from (None for a
-    pipeline made in memory).
+    pipeline made in memory), ``loading`` how.
     """
 
     entry: ModelEntry
@@ -57,6 +71,7 @@ class Model:
     device: torch.device
     dtype: torch.dtype
     folder: Path | None = None
+    loading: LoadSettings = field(default_factory=LoadSettings)
     _weights: dict[str, str] | None = field(default=None, repr=False)
 
     @property

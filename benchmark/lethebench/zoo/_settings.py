@@ -11,6 +11,7 @@ from lethebench.errors import UserError
 from lethebench.method import check_type, setting
 
 OFFLOADS = ("none", "model", "sequential")
+SAMPLING = "sampling"
 QUANTISATIONS = ("none", "int8", "nf4")
 
 
@@ -28,7 +29,12 @@ class LoadSettings:
         "none", "keep on the CPU what isn't at work: none, model (whole components) or sequential (layers)"
     )
     compile: bool = setting(False, "torch.compile the denoiser: a minute once, then faster")
-    quantise: str = setting("none", "weights of denoiser and T5 encoder: none, int8 or nf4 (CUDA)")
+    quantise: str = setting(
+        "none", "weights of denoiser and T5 encoder: none, int8 (torchao) or nf4 (bitsandbytes, CUDA)"
+    )
+    checkpointing: bool = setting(
+        False, "compute the denoiser's activations twice where gradients are needed: far less memory, slower"
+    )
 
     def __post_init__(self) -> None:
         """Refuse settings that make no sense."""
@@ -37,6 +43,22 @@ class LoadSettings:
         for name, known in (("offload", OFFLOADS), ("quantise", QUANTISATIONS)):
             if getattr(self, name) not in known:
                 raise UserError(f"{name} is one of {', '.join(known)}, not '{getattr(self, name)}'")
+        if self.compile and self.offload != "none":
+            raise UserError(f"compile=true doesn't go with offload={self.offload}: leave one of them out")
+
+    def refusal(self, method: str, family: str) -> str | None:
+        """Why a method of a family (``sampling``, ``weights``, ``training``) can't run on a model loaded so.
+
+        Weights that are packed or elsewhere can't be read, edited or trained: only methods that act while
+        sampling can. None where the method can run.
+        """
+        found = [f"{n}={v}" for n in ("quantise", "offload") if (v := getattr(self, n)) != "none"]
+        if not found or family == SAMPLING:
+            return None
+        return (
+            f"{method} reads or changes the model's weights, which {' and '.join(found)} "
+            f"{'packs' if self.quantise != 'none' else 'keeps elsewhere'}: leave it out of --load"
+        )
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> LoadSettings:
