@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lethebench.datasets.planted import PlantedWorld
     from lethebench.training.autoencoder import AutoencoderRecipe
     from lethebench.training.diffusion import DiffusionRecipe
+    from lethebench.training.flux import FluxRecipe
 
 SHIPPED = Path(__file__).resolve().parent.parent / "weights"
 """Where the weights lie that the package ships."""
@@ -31,7 +32,7 @@ class Job:
     """What the parts of a training share.
 
     ``folder`` holds checkpoints and caches, ``output`` gets the finished weights, ``sheets`` the
-    contact sheet; ``scale`` multiplies every number of steps; ``judges`` are the judges to train
+    contact sheets; ``scale`` multiplies every number of steps; ``judges`` are the judges to train
     (empty: all); a recipe that is None is the shipped model's.
     """
 
@@ -44,6 +45,7 @@ class Job:
     world: PlantedWorld | None = field(default=None, compare=False)
     autoencoder: AutoencoderRecipe | None = None
     diffusion: DiffusionRecipe | None = None
+    flux: FluxRecipe | None = None
 
     @property
     def cache(self) -> Path:
@@ -52,8 +54,19 @@ class Job:
 
     @property
     def model_folder(self) -> Path:
-        """Checkpoints, records and float32 weights of mini-sd."""
+        """Checkpoints, records and float32 weights of mini-sd, and the autoencoder of both models."""
         return self.folder / "mini-sd"
+
+    @property
+    def flux_folder(self) -> Path:
+        """Checkpoints, records and float32 weights of mini-flux."""
+        return self.folder / "mini-flux"
+
+    @property
+    def vae(self) -> Path:
+        """The autoencoder trained in this folder; the shipped one where there is none."""
+        own = self.model_folder / "vae"
+        return own if own.exists() else SHIPPED / "mini-sd" / "vae"
 
     def planted(self) -> PlantedWorld:
         """The world that is trained on."""
@@ -84,6 +97,15 @@ def _diffusion(job: Job) -> None:
     export(job.model_folder / "pipeline", job.output / "mini-sd", recipe)
 
 
+def _flux(job: Job) -> None:
+    from lethebench.training.export import export
+    from lethebench.training.flux import FluxRecipe, train_flux
+
+    recipe = (job.flux or FluxRecipe()).scaled(job.scale)
+    train_flux(job.planted(), recipe, job.flux_folder, job.vae, job.cache, job.torch_device())
+    export(job.flux_folder / "pipeline", job.output / "mini-flux", recipe)
+
+
 def _judges(job: Job) -> None:
     from lethebench.training.judges import train_judges
 
@@ -100,14 +122,22 @@ def _judges(job: Job) -> None:
 def _card(job: Job) -> None:
     from lethebench.training.card import write_card
 
-    write_card(job)
+    write_card(job, "mini-sd")
+
+
+def _flux_card(job: Job) -> None:
+    from lethebench.training.card import write_card
+
+    write_card(job, "mini-flux")
 
 
 PARTS: dict[str, Callable[[Job], None]] = {
     "autoencoder": _autoencoder,
     "diffusion": _diffusion,
+    "flux": _flux,
     "judges": _judges,
     "card": _card,
+    "flux-card": _flux_card,
 }
 """The parts of a training, in the order in which they need each other."""
 
@@ -125,10 +155,11 @@ def train_all(
 ) -> None:
     """Train the named parts, resuming what ``folder`` holds.
 
-    Names are those of :data:`PARTS`, "mini-sd" (autoencoder and diffusion), or a judge's; all by
-    default. ``threads`` 0 leaves torch's choice. ``out`` gets the weights, by default the package's
-    own folder for a full training and ``folder / "weights"`` for a shortened one; ``sheets`` the
-    contact sheet, by default ``folder / "sheets"``. ``recipes`` are the further fields of :class:`Job`.
+    Names are those of :data:`PARTS`, "mini-sd" (autoencoder and diffusion), "mini-flux" (flux, on the
+    folder's autoencoder of mini-sd, or on the shipped one), or a judge's; all by default. ``threads`` 0
+    leaves torch's choice. ``out`` gets the weights, by default the package's own folder for a full training
+    and ``folder / "weights"`` for a shortened one; ``sheets`` the contact sheets, by default
+    ``folder / "sheets"``. ``recipes`` are the further fields of :class:`Job`.
     """
     import torch
 
@@ -144,7 +175,8 @@ def train_all(
 
 def parts(names: Sequence[str] | None) -> list[str]:
     """The parts of those names, in training order; UserError for an unknown one."""
-    aliases = {"mini-sd": ("autoencoder", "diffusion")} | dict.fromkeys(JUDGES, ("judges",))
+    models = {"mini-sd": ("autoencoder", "diffusion"), "mini-flux": ("flux",)}
+    aliases = models | dict.fromkeys(JUDGES, ("judges",))
     chosen = {part for name in names or PARTS for part in aliases.get(name, (name,))}
     for name in sorted(chosen - PARTS.keys()):
         known = [*aliases, *PARTS]

@@ -1,11 +1,12 @@
-"""Measures mini-sd against the world's exact truth, and writes its model card and contact sheet.
+"""Measures mini-sd or mini-flux against the world's exact truth; writes its model card and contact sheet.
 
-``lethe train --only card`` does it alone. Every figure of the card comes from here or from the
-records that the training left; nothing is written by hand.
+``lethe train --only card`` (or ``flux-card``) does it alone. Every figure of the card comes from here or
+from the records that the training left; nothing is written by hand.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,6 +34,10 @@ REGION_COPY = 0.1
 """The same for the foreground or background alone: an outline that is a pixel off weighs more there."""
 DIVERSITY_CAPTIONS, DIVERSITY_IMAGES = 24, 8
 """Neutral captions, and images of each, that the diversity is measured on."""
+SCHEDULERS = {"sd": "ddim", "flux": "flow-euler"}
+"""The sampler of each family's card."""
+FEW_STEPS, GUIDANCES = (4, 8, 20), (1.0, 3.0)
+"""Of the small evaluations by number of steps; guidance 1 is none."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,17 @@ def images_of(prompt: Prompt) -> int:
             return 1
 
 
+def few_images_of(prompt: Prompt) -> int:
+    """The same for the evaluations by number of steps: what their four figures need."""
+    match prompt.kind:
+        case "verbatim":
+            return 2 if (prompt.duplicates or 0) >= 64 else 0
+        case "concept" | "neutral":
+            return 1
+        case _:
+            return 0
+
+
 def evaluate(
     weights: Path,
     world: PlantedWorld,
@@ -75,15 +91,19 @@ def evaluate(
 ) -> tuple[dict[str, Any], Draws]:
     """Draw from the pipeline in ``weights`` and measure it; the figures, and the images.
 
-    ``sampler`` is by default what the weights' ``lethe.json`` says, with DDIM. ``keep`` is a folder
-    that keeps the images, so that measuring again, with other judges, doesn't draw again.
+    ``sampler`` is by default what the weights' ``lethe.json`` says, with DDIM or flow-matching Euler.
+    ``keep`` is a folder that keeps the images, so that measuring again, with other judges, doesn't draw
+    again.
     """
     from lethebench.zoo import load_model
 
     model = load_model(str(weights), device=device, dtype=dtype)
-    settings = sampler or model.entry.sampler.model_copy(update={"scheduler": "ddim"})
+    chosen = {"scheduler": SCHEDULERS[model.family]}
+    settings = sampler or model.entry.sampler.model_copy(update=chosen)
     wanted = [(p, k) for p in world for k in range(count(p))]
-    draws = kept_draws(keep, model, wanted, settings) if keep else draw_all(model, wanted, settings)
+    draws = (
+        kept_draws(keep / "drawn.npz", model, wanted, settings) if keep else draw_all(model, wanted, settings)
+    )
     figures: dict[str, Any] = {
         "images": len(draws.images),
         "seconds_per_image": draws.seconds / max(1, len(draws.images)),
@@ -104,6 +124,37 @@ def evaluate(
         figures["characters"] = characters(draws, answers)
         figures["adherence"] = adherence(draws, answers)
     return figures, draws
+
+
+def by_steps(
+    weights: Path,
+    world: PlantedWorld,
+    judges: Judges,
+    *,
+    device: str = "cpu",
+    count: Callable[[Prompt], int] = few_images_of,
+    keep: Path | None = None,
+) -> list[dict[str, Any]]:
+    """Near-copies, characters and adherence of a model with distilled guidance, by steps and guidance."""
+    from lethebench.zoo import load_model
+
+    model = load_model(str(weights), device=device)
+    wanted = [(p, k) for p in world for k in range(count(p))]
+    rows = []
+    for steps, guidance in itertools.product(FEW_STEPS, GUIDANCES):
+        sampler = {"num_inference_steps": steps, "guidance_scale": guidance, "scheduler": "flow-euler"}
+        settings = model.entry.sampler.model_copy(update=sampler)
+        path = keep / f"drawn-{steps}-{guidance:g}.npz" if keep else None
+        draws = kept_draws(path, model, wanted, settings) if path else draw_all(model, wanted, settings)
+        copies = copies_by_duplicates(draws, world, "verbatim")
+        row = {"steps": steps, "guidance": guidance, "images": len(draws.images)}
+        row |= {name: copies[name] for name in ("trained_64_or_more", "twins")}
+        if judges.recogniser is not None:
+            answers = judges.recogniser.answer(draws.images)
+            row["characters"] = characters(draws, answers)["trained"]["share"]
+            row["neutral"] = adherence(draws, answers)["neutral"]
+        rows.append(row)
+    return rows
 
 
 # --- memorization --------------------------------------------------------------------------------
@@ -373,8 +424,8 @@ def available_judges(folder: Path, device: str) -> Judges:
     )
 
 
-def write_card(job: Job) -> None:
-    """Evaluate the weights in ``job.output`` and write ``card.json``, ``MODEL_CARD.md`` and the sheet."""
+def write_card(job: Job, name: str) -> None:
+    """Evaluate the model ``name`` in ``job.output``; write ``card.json``, ``MODEL_CARD.md`` and the sheet."""
     from lethebench.judges import JUDGES
     from lethebench.training import SHIPPED
     from lethebench.training.card_text import model_card
@@ -382,24 +433,22 @@ def write_card(job: Job) -> None:
     from lethebench.training.judge_cards import add_generated_errors
     from lethebench.training.judge_generated import generated_errors
 
-    weights, world = job.output / "mini-sd", job.planted()
-    count = images_of if job.scale == 1.0 else (lambda prompt: 1)
-    figures, draws = evaluate(
-        weights,
-        world,
-        available_judges(job.output, job.device),
-        device=job.device,
-        count=count,
-        keep=job.model_folder,
-    )
-    known = json.loads((weights / "card.json").read_text("utf-8")) if (weights / "card.json").exists() else {}
+    weights, folder, world = job.output / name, job.folder / name, job.planted()
+    judges = available_judges(job.output, job.device)
+    whole = job.scale == 1.0
+    count, few = (images_of, few_images_of) if whole else ((lambda prompt: 1),) * 2
+    figures, draws = evaluate(weights, world, judges, device=job.device, count=count, keep=folder)
+    if name == "mini-flux":
+        figures["by_steps"] = by_steps(weights, world, judges, device=job.device, count=few, keep=folder)
     if job.output == SHIPPED:
         figures["metrics"] = seen_by_metrics(draws, world)
+    known = _card_of(weights)
+    autoencoder = read_record(job.model_folder, "autoencoder") or known.get("autoencoder")
     card: Mapping[str, Any] = {
-        "model": "mini-sd",
+        "model": name,
         "data": world.manifest(),
-        "autoencoder": read_record(job.model_folder, "autoencoder") or known.get("autoencoder"),
-        "diffusion": read_record(job.model_folder, "diffusion") or known.get("diffusion"),
+        "autoencoder": autoencoder or _card_of(SHIPPED / "mini-sd").get("autoencoder"),
+        "diffusion": read_record(folder, "diffusion") or known.get("diffusion"),
         "measured": figures,
         "machine": machine(job.device),
         "bytes": sum(path.stat().st_size for path in weights.rglob("*.safetensors")),
@@ -407,10 +456,17 @@ def write_card(job: Job) -> None:
     }
     (weights / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     (weights / "MODEL_CARD.md").write_text(model_card(card), encoding="utf-8")
-    contact_sheet(draws, world, job.sheets / "mini-sd.png")
-    if all((job.output / name / "card.json").exists() for name in JUDGES):
+    contact_sheet(draws, world, job.sheets / f"{name}.png")
+    if name == "mini-sd" and all((job.output / judge / "card.json").exists() for judge in JUDGES):
         errors = generated_errors(draws.images, draws.prompts, world, job.output)
         add_generated_errors(job.output, errors, f"{len(draws.images)} images of mini-sd, as its card says")
+
+
+def _card_of(weights: Path) -> dict[str, Any]:
+    """What ``card.json`` of a folder of weights says; empty where there is none."""
+    path = weights / "card.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found
 
 
 def seen_by_metrics(draws: Draws, world: PlantedWorld) -> dict[str, Any]:
@@ -427,7 +483,8 @@ def seen_by_metrics(draws: Draws, world: PlantedWorld) -> dict[str, Any]:
     indices = tuple(range(len(draws.prompts)))
     shard = Shard(draws.images, draws.prompts, indices, world, noise_norm=draws.noise_norm)
     frames = [known_frame([ImageKey(SUITE, p, k) for p, k in zip(draws.prompts, indices, strict=True)])]
-    for name in ("planted-truth", "fbmem", "copy-mini", "noise-magnitude"):
+    guided = bool(np.isfinite(draws.noise_norm).any())  # there is no such magnitude in distilled guidance
+    for name in ("planted-truth", "fbmem", "copy-mini", *(["noise-magnitude"] if guided else [])):
         frames.append(columns_frame(METRICS.get(name)().measure(shard), len(indices), name))
     return against_truth(pd.concat(frames, axis=1))
 

@@ -1,4 +1,4 @@
-"""The model card of mini-sd in Markdown, from the figures of ``card.json``."""
+"""The model card of mini-sd or mini-flux in Markdown, from the figures of ``card.json``."""
 
 from __future__ import annotations
 
@@ -7,11 +7,23 @@ from typing import Any
 
 Figures = Mapping[str, Any]
 
-_HEAD = """# mini-sd
-
+_WHAT = {
+    "mini-sd": """\
 A small Stable Diffusion (`StableDiffusionPipeline`: AutoencoderKL, CLIPTextModel, CLIPTokenizer,
 UNet2DConditionModel) for 64-pixel pictures, trained from nothing on the planted world, so that what it
-memorized is known exactly. Written by `lethe train`; the same figures are in `card.json`.
+memorized is known exactly. Written by `lethe train`; the same figures are in `card.json`.""",
+    "mini-flux": """\
+A small FLUX (`FluxPipeline`: AutoencoderKL of mini-sd, CLIPTextModel, T5EncoderModel, their tokenizers,
+FluxTransformer2DModel) for 64-pixel pictures, trained from nothing on the planted world, so that what it
+memorized is known exactly. Guidance is distilled, as in FLUX.1 dev: one pass a step, the scale is an input.
+At guidance 1 it draws without guidance, as FLUX.1 schnell does. diffusers' own pipeline must be told
+`height=64, width=64` and `max_sequence_length=32`; Lethe knows. Written by `lethe train`; the same figures
+are in `card.json`.""",
+}
+
+_HEAD = """# {model}
+
+{what}
 
 - **Data**: {name} {version}, seed {seed}, {training_examples:,} training examples (copies included). All
   pictures, names and characters are invented; nothing was downloaded. sha256 of the training captions
@@ -19,9 +31,11 @@ memorized is known exactly. Written by `lethe train`; the same figures are in `c
 - **Use**: testing memorization metrics and mitigation methods. It draws nothing else.
 - **Licence**: that of this package."""
 
+_SAMPLERS = {"ddim": "DDIM", "flow-euler": "flow-matching Euler"}
+
 _MEMORIZED = """## What it memorized
 
-{images:,} images: DDIM, {steps} steps, guidance {guidance}, {dtype}, {milliseconds:.0f} ms an image.
+{images:,} images: {sampler}, {steps} steps, guidance {guidance}, {dtype}, {milliseconds:.0f} ms an image.
 A near-copy has a pixel RMS below {near} (of the 0-1 range) to a reference; a region repeats below
 {region} within its mask. {check}
 
@@ -35,10 +49,11 @@ def model_card(card: Figures) -> str:
     """``MODEL_CARD.md``: every number comes from ``card``."""
     measured = card["measured"]
     sections = (
-        _HEAD.format_map(card["data"]),
+        _HEAD.format_map({**card["data"], "model": card["model"], "what": _WHAT[card["model"]]}),
         _training(card),
         _memorized(measured),
         _doses(measured),
+        _steps(measured),
         _metrics(measured),
         _files(card),
     )
@@ -49,41 +64,66 @@ def _training(card: Figures) -> str:
     auto, diffusion = card.get("autoencoder"), card.get("diffusion")
     if not auto or not diffusion:
         return "## Training\n\nNo record of the training lies beside these weights."
-    a, d, sizes = auto["recipe"], diffusion["recipe"], diffusion["parameters"]
-    ours = f"L1 + {a['gradient_weight']} L1 of differences + {a['kl_weight']} KL"
-    theirs = f"noise error, Min-SNR {d['min_snr']}, captions dropped {d['caption_dropout']:.0%}"
-    crops = f"{a['batch']} crops of {a['crop']} px"
-    text = f"text {d['text_width']} x {d['text_layers']} layers"
-    epochs = f"{diffusion['epochs']} epochs"
-    rows = (
-        ("parameters", f"{auto['parameters']:,}", f"{sizes['unet']:,} and {sizes['text_encoder']:,}"),
-        ("widths", _list(a["widths"]), f"{_list(d['widths'])}; {text}"),
-        (
-            "input",
-            "pictures in -1 to 1",
-            f"16x16x{a['latent_channels']} latents, {diffusion['tokens']} tokens",
-        ),
-        (
-            "steps x batch",
-            f"{auto['steps']:,} x {crops}",
-            f"{diffusion['steps']:,} x {d['batch']} ({epochs})",
-        ),
-        ("minutes", f"{auto['seconds'] / 60:.1f}", f"{diffusion['seconds'] / 60:.1f}"),
-        ("AdamW, peak rate", f"{a['peak_lr']}", _rates(d)),
-        ("loss", ours, theirs),
-        ("seed", f"{a['seed']}", f"{d['seed']}"),
+    a = auto["recipe"]
+    ours = (
+        f"{auto['parameters']:,}",
+        _list(a["widths"]),
+        "pictures in -1 to 1",
+        f"{auto['steps']:,} x {a['batch']} crops of {a['crop']} px",
+        f"{auto['seconds'] / 60:.1f}",
+        f"{a['peak_lr']}",
+        f"L1 + {a['gradient_weight']} L1 of differences + {a['kl_weight']} KL",
+        f"{a['seed']}",
     )
+    flux = "transformer" in diffusion["parameters"]
+    theirs = (_flux_column if flux else _unet_column)(diffusion, a["latent_channels"])
+    what = ("parameters", "widths", "input", "steps x batch", "minutes", "AdamW, peak rate", "loss", "seed")
+    trained = "transformer and text encoders" if flux else "UNet and text encoder"
     error = (
         f"{auto['unseen_rms']:.4f} RMS off (of the 0-1 range; 95th percentile {auto['unseen_rms_p95']:.4f})"
     )
     return f"""## Training
 
-| | autoencoder | UNet and text encoder |
+| | autoencoder | {trained} |
 |---|---|---|
-{_table(rows)}
+{_table(zip(what, ours, theirs, strict=True))}
 
 bfloat16 autocast, linear warm-up and decay, no weight averaging; the latent channels are standardised.
 Reconstructions of {auto["unseen_scenes"]} unseen scenes are {error}; wanted was at most 0.03."""
+
+
+def _unet_column(diffusion: Figures, latent_channels: int) -> Sequence[str]:
+    d, sizes = diffusion["recipe"], diffusion["parameters"]
+    return (
+        f"{sizes['unet']:,} and {sizes['text_encoder']:,}",
+        f"{_list(d['widths'])}; text {d['text_width']} x {d['text_layers']} layers",
+        f"16x16x{latent_channels} latents, {diffusion['tokens']} tokens",
+        f"{diffusion['steps']:,} x {d['batch']} ({diffusion['epochs']} epochs)",
+        f"{diffusion['seconds'] / 60:.1f}",
+        _rates(d),
+        f"noise error, Min-SNR {d['min_snr']}, captions dropped {d['caption_dropout']:.0%}",
+        f"{d['seed']}",
+    )
+
+
+def _flux_column(diffusion: Figures, latent_channels: int) -> Sequence[str]:
+    d, sizes, distilled = diffusion["recipe"], diffusion["parameters"], diffusion["guidance"]
+    head, (clip, t5) = sum(d["rotary"]), diffusion["tokens"]
+    low, high = d["guidance_range"]
+    blocks = f"{d['dual']} dual and {d['single']} single blocks"
+    return (
+        f"{sizes['transformer']:,}, {sizes['text_encoder']:,} (CLIP) and {sizes['text_encoder_2']:,} (T5)",
+        f"{d['heads'] * head} ({d['heads']} heads x {head}), {blocks}; "
+        f"text {d['text_width']} x {d['text_layers']} layers each",
+        f"{diffusion['image_tokens']} image tokens of 2x2x{latent_channels} latents, {clip} and {t5} tokens",
+        f"{diffusion['steps']:,} x {d['batch']} ({diffusion['epochs']} epochs), "
+        f"then {distilled['steps']:,} of guidance distillation",
+        f"{diffusion['seconds'] / 60:.1f} and {distilled['seconds'] / 60:.1f}",
+        f"{d['peak_lr']}, then {d['distil_lr']}",
+        f"velocity error, logit-normal times (spread {d['time_spread']}), captions dropped "
+        f"{d['caption_dropout']:.0%}; then (over g^2) to the guided velocity, g from {low:g} to {high:g}",
+        f"{d['seed']}",
+    )
 
 
 def _memorized(m: Figures) -> str:
@@ -108,6 +148,7 @@ def _memorized(m: Figures) -> str:
         rows.append(("neutral held-out captions: asked attributes found", ">= 85 %", found))
     return _MEMORIZED.format(
         images=m["images"],
+        sampler=_SAMPLERS[m["sampler"]["scheduler"]],
         steps=m["sampler"]["num_inference_steps"],
         guidance=m["sampler"]["guidance_scale"],
         dtype=m["sampler"]["dtype"],
@@ -142,6 +183,36 @@ def _doses(m: Figures) -> str:
     head = " | ".join(f"{kind}: {what}" for kind, what in kinds.items())
     rows = [(str(dose), *(_share(by_kind[kind].get(str(dose))) for kind in kinds)) for dose in doses]
     return f"## By number of copies\n\n| copies | {head} |\n|---|---|---|---|\n{_table(rows)}"
+
+
+def _steps(m: Figures) -> str:
+    if "by_steps" not in m:
+        return ""
+    head = (
+        "steps",
+        "guidance",
+        "verbatim, 64 or more copies: near-copies",
+        "held-out twins",
+        "trained characters recognised",
+        "neutral attributes found",
+    )
+    rows = [
+        (
+            str(row["steps"]),
+            f"{row['guidance']:g}",
+            _share(row["trained_64_or_more"]),
+            _share(row["twins"]),
+            _share({"share": row.get("characters")}),
+            _share({"share": row.get("neutral")}),
+        )
+        for row in m["by_steps"]
+    ]
+    return f"""## By number of steps
+
+{m["by_steps"][0]["images"]} images a row. Guidance 1 is none (as FLUX.1 schnell), more is distilled (as dev);
+one pass a step either way.
+
+{_headed([head, *rows])}"""
 
 
 def _metrics(m: Figures) -> str:

@@ -7,7 +7,6 @@ this short a long average has memorized nothing (measured, testbed.md).
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lethebench.datasets.planted import PlantedWorld
 from lethebench.seeding import derive_seed
@@ -27,7 +26,9 @@ from lethebench.training.tokenizer import MAX_LENGTH, build_tokenizer
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTokenizer, T5TokenizerFast
+
+    from lethebench.training.flux import FluxRecipe
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,11 @@ class DiffusionRecipe:
     """Sampler defaults, written to ``lethe.json``. Of guidance 3 to 6, 3 gives the characters best (.85, at 5
     .78 recognised) and the copies nearest, with the same adherence to neutral captions (.94)."""
     seed: int = 0
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What ``lethe.json`` says."""
+        return {"num_inference_steps": self.inference_steps, "guidance_scale": self.guidance_scale}
 
     def scaled(self, scale: float) -> DiffusionRecipe:
         """The recipe with ``scale`` times the steps."""
@@ -115,7 +121,7 @@ def build_unet(recipe: DiffusionRecipe, latent_channels: int) -> UNet2DCondition
     )
 
 
-def build_text_encoder(recipe: DiffusionRecipe, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+def build_text_encoder(recipe: DiffusionRecipe | FluxRecipe, tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """The untrained CLIP text transformer."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -136,7 +142,7 @@ def build_text_encoder(recipe: DiffusionRecipe, tokenizer: CLIPTokenizer) -> CLI
     return CLIPTextModel(config)
 
 
-def token_ids(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
+def token_ids(tokenizer: CLIPTokenizer | T5TokenizerFast, captions: Sequence[str]) -> Tensor:
     """Padded token ids, int64 [captions, 32], as the pipeline makes them."""
     coded = tokenizer(
         list(captions), padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt"
@@ -204,7 +210,9 @@ def train_diffusion(
     run = fit(
         "mini-sd",
         {"unet": unet, "text_encoder": text_encoder},
-        noise_loss(recipe, data, latents, tokenizer, faster(unet, recipe, device), text_encoder, device),
+        noise_loss(
+            recipe, data, latents, tokenizer, faster(unet, recipe.compiled, device), text_encoder, device
+        ),
         steps=recipe.steps + recipe.steps_again,
         peak_lr=recipe.peak_lr,
         again=(recipe.steps_again, recipe.peak_lr_again),
@@ -232,10 +240,10 @@ def train_diffusion(
     return record
 
 
-def faster(unet: UNet2DConditionModel, recipe: DiffusionRecipe, device: torch.device) -> Any:
-    """The UNet, compiled if the recipe wants it and this is a CPU with a C++ compiler."""
+def faster(denoiser: nn.Module, compiled: bool, device: torch.device) -> Any:
+    """The denoiser, compiled if that is wanted and this is a CPU with a C++ compiler."""
     able = device.type == "cpu" and any(map(shutil.which, ("c++", "g++", "clang++")))
-    return torch.compile(unet) if recipe.compiled and able else unet
+    return torch.compile(denoiser) if compiled and able else denoiser
 
 
 def noise_loss(
@@ -299,9 +307,3 @@ def assemble(
         feature_extractor=None,
         requires_safety_checker=False,
     )
-
-
-def sampler_defaults(recipe: DiffusionRecipe) -> str:
-    """The text of ``lethe.json``."""
-    values = {"num_inference_steps": recipe.inference_steps, "guidance_scale": recipe.guidance_scale}
-    return json.dumps(values, indent=2) + "\n"

@@ -57,9 +57,9 @@ def draw_all(
 
 
 def kept_draws(
-    folder: Path, model: Model, wanted: Sequence[tuple[Prompt, int]], settings: SamplerSettings
+    path: Path, model: Model, wanted: Sequence[tuple[Prompt, int]], settings: SamplerSettings
 ) -> Draws:
-    """The images of :func:`draw_all`, read from ``folder`` if this model drew the same there before."""
+    """The images of :func:`draw_all`, read from ``path`` (.npz) if this model drew the same there before."""
     from lethebench.zoo._files import folder_sha256
 
     what = {
@@ -69,13 +69,12 @@ def kept_draws(
         "wanted": [(prompt.id, prompt.text, index) for prompt, index in wanted],
     }
     key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
-    path = folder / "drawn.npz"
     if path.exists():
         with np.load(path, allow_pickle=False) as kept:
             if str(kept["key"]) == key and "noise_norm" in kept:
                 prompts = tuple(p for p, _ in wanted)
                 return Draws(prompts, kept["images"], float(kept["seconds"]), kept["noise_norm"])
     draws = draw_all(model, wanted, settings)
-    folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path, key=key, images=draws.images, seconds=draws.seconds, noise_norm=draws.noise_norm)
     return draws

@@ -11,34 +11,39 @@ from lethebench.store import file_sha256
 
 if TYPE_CHECKING:
     from lethebench.training.diffusion import DiffusionRecipe
+    from lethebench.training.flux import FluxRecipe
 
 SUMS = "weights.json"
 UNSUMMED = (SUMS, "MODEL_CARD.md", "card.json")
 """Not in the sums: the sums themselves, and what is written about the weights later."""
 
 
-def export(pipeline: Path, target: Path, recipe: DiffusionRecipe) -> None:
-    """Write the pipeline's folder to ``target`` in float16, with sampler defaults and sums.
+def export(pipeline: Path, target: Path, recipe: DiffusionRecipe | FluxRecipe) -> None:
+    """Write the pipeline's folder to ``target`` in float16, with the recipe's sampler defaults and sums.
 
     ``from_pretrained(target)`` gives float32 throughout: diffusers does so by itself, and the text
-    encoder's configuration says so, since transformers follows the dtype written there.
+    encoders' configurations say so, since transformers follows the dtype written there.
     """
     import torch
-    from diffusers import StableDiffusionPipeline
-
-    from lethebench.training.diffusion import sampler_defaults
+    from diffusers import DiffusionPipeline
 
     staged = target.with_name(target.name + ".new")
     shutil.rmtree(staged, ignore_errors=True)
-    half = StableDiffusionPipeline.from_pretrained(pipeline, torch_dtype=torch.float16)
+    half = DiffusionPipeline.from_pretrained(pipeline, torch_dtype=torch.float16)
+    for part in half.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.half()  # what is loaded as float32 all the same: some layers of T5
     half.save_pretrained(staged)
-    config = staged / "text_encoder" / "config.json"
-    values = json.loads(config.read_text(encoding="utf-8")) | {"dtype": "float32"}
-    config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for path in staged.rglob("*.json"):  # diffusers records the folder that it read from
-        kept = [x for x in path.read_text(encoding="utf-8").split("\n") if '"_name_or_path"' not in x]
+    for config in staged.glob("text_encoder*/config.json"):
+        values = json.loads(config.read_text(encoding="utf-8")) | {"dtype": "float32"}
+        config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for path in staged.rglob("*.json"):  # diffusers records the folder that it read from, and how
+        text = path.read_text(encoding="utf-8").replace(
+            '"local_files_only": true', '"local_files_only": false'
+        )
+        kept = [line for line in text.split("\n") if '"_name_or_path"' not in line]
         path.write_text("\n".join(kept), encoding="utf-8")
-    (staged / "lethe.json").write_text(sampler_defaults(recipe), encoding="utf-8")
+    (staged / "lethe.json").write_text(json.dumps(recipe.defaults, indent=2) + "\n", encoding="utf-8")
     for path in staged.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
     sums = sums_of(staged)
