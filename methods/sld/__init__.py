@@ -35,8 +35,10 @@ class SLD(Method):
     momentum forgets as much in the same share (``beta`` to the power of 50 / steps): ours.
 
     The released code runs on Stable Diffusion 1.x; for models that predict velocities the formulas and
-    thresholds stay (ours). It needs classifier-free guidance, so FLUX, which has it distilled, isn't
-    supported. A scale of 1 or less switches the released code off; here the formula holds down to 0.
+    thresholds stay (ours). FLUX samples without an unconditional prediction, so the empty prompt is asked for
+    its own: three passes a step, as minimalist_concept_erasure's SLD on FLUX has them. That code also guides
+    the prompt itself, by half; here the prompt's prediction stays, and only the safety term is taken off
+    (ours). A scale of 1 or less switches the released code off; here the formula holds down to 0.
     """
 
     concept: str = setting("", "what to guide away from; empty: the targets' distinguishing words (ours)")
@@ -61,10 +63,6 @@ class SLD(Method):
     summary = "Guides away from memorized triggers and concept names where the image goes towards them."
     family = Family.SAMPLING
     knowledge = frozenset({Knowledge.MEMORIZED_PROMPTS, Knowledge.CONCEPT_NAMES})
-    model_families: ClassVar = frozenset({"sd", "sdxl", "sd3"})
-    unsupported_reason = (
-        "its guidance is distilled into the model, so that there is no unconditional prediction to start from"
-    )
     strengths: ClassVar = {
         "weak": {"scale": 20.0, "warmup": 15, "threshold": 0.0, "momentum": 0.0, "beta": 0.0},
         "medium": {},

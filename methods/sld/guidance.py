@@ -7,7 +7,8 @@ With unconditional, prompt's and concept's predictions u, p, c, guidance scale g
     nu'   = beta nu + (1 - beta) gamma                                (eq. 8)
     e     = u + g (p - u - gamma)   after the warm-up                 (eq. 3)
 
-gamma without g is in units of the prediction: float32 ``[B, ...]``.
+gamma without g is in units of the prediction: float32 ``[B, ...]``. A velocity (v, flow matching) takes the
+noise's place in all of them: of two predictions at the same latents, the difference has the noises' sign.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import torch
 from torch import Tensor
 
 from lethebench.errors import UserError
-from lethebench.hooks import Batch, SamplerHooks, Step
+from lethebench.hooks import Batch, Conditioning, SamplerHooks, Step
 from lethebench.methods.sld.words import concept_of
 from lethebench.sampler import encode_prompts
+from lethebench.sampler import unconditional as empty_prompt
 
 if TYPE_CHECKING:
     from lethebench.methods.sld import SLD
@@ -46,8 +48,16 @@ class SafetyGuidance(SamplerHooks):
 
     def start(self, batch: Batch) -> Batch:
         """Encode the concepts and forget the last batch's momentum. Raises UserError without guidance."""
+        self._empty: Conditioning | None = None
+        self._scale = batch.settings.guidance_scale
+        self._unit = 1.0
         if batch.conditioning.negative is None:
-            raise UserError("sld needs classifier-free guidance: set the sampler's guidance_scale above 1")
+            if batch.model.family != "flux":
+                raise UserError(
+                    "sld needs classifier-free guidance: set the sampler's guidance_scale above 1"
+                )
+            self._empty = empty_prompt(batch)
+            self._scale = self._unit = distilled_scale(batch)
         texts = [concept_of(t, self._words, self._text) for t in batch.texts]
         # What earlier hooks marked the prompt with (ren's mask, nemo's neurons) holds for the concept too.
         concept = encode_prompts(batch.model, texts, batch.settings)
@@ -62,11 +72,28 @@ class SafetyGuidance(SamplerHooks):
         self, combined: Tensor, unconditional: Tensor | None, conditional: Tensor, step: Step
     ) -> Tensor:
         """The guided prediction less the safety term, which the concept's own prediction gives."""
-        assert unconditional is not None  # start saw the negative conditioning
-        scaled = step.batch.scale(step.latents, step.timestep)
-        concept = step.batch.predict(scaled, step.timestep, self._concept).conditional
-        gamma = safety_term(conditional, unconditional, concept, self._nu, self.settings)
+        concept = self._predict(self._concept, step)
+        if unconditional is None:
+            assert self._empty is not None  # start saw that there is no negative conditioning
+            unconditional = self._predict(self._empty, step)
+        prompt, unconditional, concept = (x / self._unit for x in (conditional, unconditional, concept))
+        gamma = safety_term(prompt, unconditional, concept, self._nu, self.settings)
         self._nu = self._beta * self._nu + (1 - self._beta) * gamma
         if step.index < self._begin:
             return combined
-        return combined - step.guidance_scale * gamma
+        return combined - self._scale * gamma
+
+    @staticmethod
+    def _predict(conditioning: Conditioning, step: Step) -> Tensor:
+        scaled = step.batch.scale(step.latents, step.timestep)
+        return step.batch.predict(scaled, step.timestep, conditioning).conditional
+
+
+def distilled_scale(batch: Batch) -> float:
+    """The guidance scale g of FLUX, which samples without an unconditional prediction (ours).
+
+    Where guidance is distilled (dev), a prediction is about u + g (p - u) with the sampler's scale g, so a
+    difference of two is g times theirs. Where there is none (schnell), g is 1.
+    """
+    scale = batch.settings.guidance_scale
+    return scale if "guidance" in batch.conditioning.extra and scale > 1 else 1.0

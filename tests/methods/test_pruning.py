@@ -50,20 +50,6 @@ def test_table_of_sites(make_tiny, name, expected):
     assert {kind: kinds.count(kind) for kind in set(kinds)} == expected
 
 
-def test_sites_of_the_real_architectures():
-    """Element counts of the research note, section 5, on the meta device (nothing is downloaded)."""
-    from diffusers import FluxTransformer2DModel
-
-    with torch.device("meta"):
-        flux = FluxTransformer2DModel(num_layers=2, num_single_layers=3)
-    sizes = {}
-    for site in find_sites(flux):
-        sizes.setdefault(site.kind, []).append(site.size)
-    assert sorted(sizes["ffn"]) == [12288] * (2 * 2 + 3)
-    assert sorted(sizes["norm"]) == [9216] * 3 + [18432] * 4
-    assert sizes["attn"] == [24] * 5
-
-
 def test_gates_of_each_image(any_tiny, random_masks):
     """Gates ``[images, size]``: every image as with its own gates alone, also where images come twice."""
     sites = find_sites(any_tiny.denoiser)

@@ -1,6 +1,7 @@
 """Safe latent diffusion."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,19 @@ from lethebench.methods.sld.guidance import SafetyGuidance, safety_term
 from lethebench.methods.sld.words import concept_of, distinguishing_words, fitting_text
 from lethebench.plan import prompt_set
 from lethebench.prompts import Prompt, Role
-from lethebench.sampler import sample
+from lethebench.sampler import encode_prompts, sample
 from lethebench.specs import SamplerSettings
 from lethebench.unlearning import Target
 from lethebench.zoo import wrap
 
 SETTINGS = SamplerSettings(num_inference_steps=5, guidance_scale=4.0, height=16, width=16)
-BUILDERS = {"sd": tiny_sd, "sdxl": tiny_sdxl, "sd3": tiny_sd3}
+BUILDERS = {
+    "sd": tiny_sd,
+    "sdxl": tiny_sdxl,
+    "sd3": tiny_sd3,
+    "flux-schnell": tiny_flux,
+    "flux-dev": lambda: tiny_flux(guidance_embeds=True),
+}
 TEXTS = ("a red star", "a striped blue circle in a night city", "a robot in a forest")
 DATA = json.loads((Path(__file__).parent / "data" / "sld.json").read_text())
 
@@ -63,7 +70,9 @@ class Alone(SamplerHooks):
         return batch
 
     def guidance(self, combined, unconditional, conditional, step):
-        plain = unconditional + step.guidance_scale * (conditional - unconditional)
+        plain = conditional
+        if unconditional is not None:
+            plain = unconditional + step.guidance_scale * (conditional - unconditional)
         self.terms.append((plain - combined) / step.guidance_scale)
         return plain
 
@@ -147,12 +156,48 @@ def test_momentum_is_begun_anew_in_each_batch():
     assert worst(drawn(model, method, batch_size=1), together) < 1e-4 * np.abs(together).max()
 
 
+class Asked(SamplerHooks):
+    """Checks each step's prediction against the formulas, with predictions of its own."""
+
+    def __init__(self, concept, scale, method):
+        self.concept, self.scale, self.method, self.steps = concept, scale, method, 0
+
+    def start(self, batch):
+        embed = partial(encode_prompts, batch.model, settings=batch.settings)
+        self.texts = embed([""] * len(batch.keys)), embed([self.concept] * len(batch.keys))
+        self.nu = torch.zeros_like(batch.noise)
+        return batch
+
+    def guidance(self, combined, unconditional, conditional, step):
+        assert unconditional is None
+        asked = (step.batch.predict(step.latents, step.timestep, x).conditional for x in self.texts)
+        empty, concept = (x / self.scale for x in asked)
+        gamma = safety_term(conditional / self.scale, empty, concept, self.nu, self.method)
+        keep = self.method.beta ** (50 / step.total)
+        self.nu = keep * self.nu + (1 - keep) * gamma
+        started = step.index >= self.method.warmup * step.total / 50
+        wanted = conditional - self.scale * gamma if started else conditional
+        assert torch.allclose(combined, wanted, atol=1e-5) and bool((gamma != 0).any())
+        self.steps += 1
+        return combined
+
+
+@pytest.mark.parametrize(("name", "scale"), [("flux-schnell", 1.0), ("flux-dev", 4.0)])
+def test_flux_is_asked_for_the_empty_prompt(name, scale):
+    """e = p - g gamma; dev's predictions hold the guidance scale g of 4, schnell's none."""
+    method = configure(SLD, "strong", {"concept": "robot", "warmup": 20})
+    model, asked = wrap(BUILDERS[name]()), Asked("robot", scale, method)
+    with method.apply(model, method.fit(None)) as hooks:
+        found = sample(model, keys(), SETTINGS, [hooks, asked]).latents
+    assert asked.steps == 5 and worst(found, sample(model, keys(), SETTINGS).latents) > 1e-3
+    least = SETTINGS.model_copy(update={"guidance_scale": 0.0})  # not divided by
+    assert np.isfinite(drawn(model, method, given=least)).all()
+
+
 def test_models_without_guidance_are_refused():
-    assert "flux" not in SLD.model_families
     given = SETTINGS.model_copy(update={"guidance_scale": 1.0})
-    for model in (wrap(tiny_flux()), wrap(tiny_sd())):
-        with pytest.raises(UserError, match="set the sampler's guidance_scale above 1"):
-            drawn(model, SLD(concept="robot"), given=given)
+    with pytest.raises(UserError, match="set the sampler's guidance_scale above 1"):
+        drawn(wrap(tiny_sd()), SLD(concept="robot"), given=given)
 
 
 # --- what is avoided -------------------------------------------------------------------------------

@@ -346,7 +346,8 @@ def applicable(subject: Subject, name: str) -> str | None:
     if name in _STATIC:
         return None
     if not subject.supported():
-        return f"the method doesn't support models of family {subject.model.family}"
+        reason = f": {subject.cls.unsupported_reason}" if subject.cls.unsupported_reason else ""
+        return f"the method doesn't support models of family {subject.model.family}{reason}"
     if name == "off_is_base" and subject.cls.off is None:
         has_settings = dataclasses.is_dataclass(subject.cls) and bool(dataclasses.fields(subject.cls))
         if subject.cls.family is not Family.SAMPLING or not has_settings:
