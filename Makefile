@@ -12,6 +12,7 @@ THREADS  ?= 0
 WORKERS  ?= 1
 JOBS     ?= auto
 SET      ?=
+ARGS     ?=
 ROW      ?=
 ATTACK   ?=
 
@@ -35,9 +36,9 @@ $(SETUP): pyproject.toml constraints.txt
 
 setup: $(SETUP) ## Install Lethe and all it needs into .venv
 
-bench: $(SETUP) ## Run a method: METHOD=uniforget [SUITE=planted] [STRENGTH=all] [MODEL=] [SET='k=v']
-	@test -n "$(METHOD)" || { echo "make: say which method: make bench METHOD=uniforget"; exit 2; }
-	$(LETHE) bench "$(METHOD)" --suite "$(SUITE)" --strength "$(STRENGTH)" --engine $(ENGINE) --runs "$(RUNS)" --site "$(SITE)" --threads $(THREADS) --workers $(WORKERS) $(if $(MODEL),--model "$(MODEL)") $(foreach s,$(SET),--set "$(s)")
+bench: $(SETUP) ## Run a method: METHOD=uniforget [SUITE=planted] [STRENGTH=all] [MODEL=] [SET='k=v'] [ARGS=--plan]
+	@test -n "$(METHOD)" -o "$(SUITE)" != planted || { echo "make: say which method: make bench METHOD=uniforget"; exit 2; }
+	$(LETHE) bench $(if $(METHOD),"$(METHOD)") --suite "$(SUITE)" --strength "$(STRENGTH)" --engine $(ENGINE) --runs "$(RUNS)" --site "$(SITE)" --threads $(THREADS) --workers $(WORKERS) $(if $(MODEL),--model "$(MODEL)") $(foreach s,$(SET),--set "$(s)") $(ARGS)
 
 attack: $(SETUP) ## Is memorization gone or only hidden? ROW=uniforget/strong (or METHOD, all) [ATTACK=dori]
 	@test -n "$(ROW)" || { echo "make: say which row: make attack ROW=uniforget/strong"; exit 2; }

@@ -65,6 +65,7 @@ from lethebench.leaderboard._rows import (
 from lethebench.leaderboard._tables import read_table
 from lethebench.leaderboard._targets import Section as TargetSection
 from lethebench.leaderboard._targets import section as target_section
+from lethebench.reported import Reported, reported
 from lethebench.row import Row, ScoreRecord, Slice
 
 if TYPE_CHECKING:
@@ -245,6 +246,11 @@ class Board:
     """UniForget's Figures 4 and 5; None unless base and a method have latents."""
     reference: str = BASE
     """The method that all rows are compared with."""
+
+    @property
+    def reported(self) -> Reported | None:
+        """What papers report for the suite; None where nothing is known."""
+        return reported(self.suite.rpartition("@")[0])
 
     @property
     def training(self) -> bool:

@@ -30,6 +30,7 @@ from lethebench.plan import (
     weights_sha256,
 )
 from lethebench.progress import Bar, progress
+from lethebench.referencing import described, unusable_references
 from lethebench.registry import METHODS
 from lethebench.row import Cost, Provenance, Row, ScoreRecord, Slice, SuiteKey, read_row
 from lethebench.specs import Extra, MetricSpec, Suite, load_suite
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 STAGES = ("fit", "shard", "scores")
-_BYTES_AN_IMAGE = 64 * 1024
-"""Rough room a stored image takes with latents, scores and its PNG: for the check of free space."""
 
 
 @dataclass
@@ -72,27 +71,61 @@ def plan_rows(
     without overrides) the suite's ``also``. Everything that can be wrong with names and settings is found
     here, before any work.
     """
-    runtime = runtime or Runtime()
+    _require_sound(suite)
+    found = recipes_of(methods, suite, strength=strength, overrides=overrides, controls=controls)
+    for recipe in found:
+        for part in recipe.parts:
+            _require_files(part)
+    for spec in suite.metrics:
+        metric = make_metric(spec)
+        metric.check()
+        reason = unusable_references(metric, prompt_set(suite.prompt_set))
+        if reason:
+            raise UserError(reason)
+    return [RowPlan(suite, model, recipe, runtime or Runtime()) for recipe in found]
+
+
+def recipes_of(
+    methods: Sequence[str],
+    suite: Suite,
+    *,
+    strength: str = "all",
+    overrides: Mapping[str, Any] | None = None,
+    controls: bool = True,
+) -> list[Recipe]:
+    """The recipes of a run's rows, in order, by names and settings alone; no file is looked for.
+
+    Without ``methods`` those that the suite names. Raises UserError.
+    """
     fixed = {suite.reference: "all", **(suite.controls if controls else {})}
     asked = [Extra(method=name, strength=chosen) for name, chosen in fixed.items()]
+    if not methods:
+        asked += _own_methods(suite, strength, overrides)
     for name in methods:
         every = name == "all"
         single = _every_method(suite) if every else [name]
         asked += [Extra(method=n, strength=strength, set=dict(overrides or {})) for n in single]
         asked += suite.also if every and strength == "all" and not overrides else ()
-    _require_sound(suite)
     found: dict[tuple[str, str], Recipe] = {}
     for one in asked:
         for recipe in recipes(one.method, one.strength, one.set, suite.fit):
             found.setdefault((recipe.name, recipe.setting), recipe)
     for recipe in found.values():
         _require_track(recipe, suite)
-        for part in recipe.parts:
-            _require_files(part)
     require_own_names(suite.metrics)
-    for spec in suite.metrics:
-        make_metric(spec).check()
-    return [RowPlan(suite, model, recipe, runtime) for recipe in found.values()]
+    return list(found.values())
+
+
+def _own_methods(suite: Suite, strength: str, overrides: Mapping[str, Any] | None) -> tuple[Extra, ...]:
+    """The methods that the suite names. Raises UserError where it names none."""
+    if not suite.methods:
+        raise UserError(f"suite {suite.key} names no methods of its own: name a METHOD, or 'all'")
+    if strength != "all" or overrides:
+        raise UserError(
+            f"without a METHOD, suite {suite.key} runs its own methods at the strengths that it names: "
+            "name a METHOD with --strength and --set"
+        )
+    return suite.methods
 
 
 def _require_sound(suite: Suite) -> None:
@@ -157,10 +190,9 @@ def one_row(
     recipe = recipes(method, strength, overrides, spec.fit)[0]
     _require_track(recipe, spec)
     plan = RowPlan(spec, model or spec.model, recipe, runtime)
-    _check_model(plan.model)
-    reason = plan.recipe.unsupported(_family(plan.model))
-    if reason is not None:
-        raise UserError(reason)
+    _check_model(plan.model, plan.runtime)
+    if plan.inapplicable is not None:
+        raise UserError(plan.inapplicable)
     return plan
 
 
@@ -195,7 +227,7 @@ def run(
         runtime=runtime,
         controls=controls,
     )
-    _check_model(plans[0].model)
+    _check_model(plans[0].model, plans[0].runtime)
     runner = engine(engine_name, workers)
     store = Store(runs / "store")
     store.prepare()
@@ -216,17 +248,23 @@ def run(
     return outcome
 
 
-def _check_model(name: str) -> None:
-    """Raise now what loading the model would raise later: unknown names, damaged files."""
-    from lethebench.zoo import check_model
+def _check_model(name: str, runtime: Runtime) -> None:
+    """Raise now what loading the model would raise later: unknown names, damaged files, no such device."""
+    from lethebench.zoo import LoadSettings, require_loadable
 
-    check_model(name)
+    loading = LoadSettings.of(dict(runtime.loading))
+    require_loadable(name, device=runtime.device, dtype=runtime.dtype, loading=loading)
 
 
 def _check_space(plans: Sequence[RowPlan], store: Store) -> None:
     import shutil
 
-    need = _BYTES_AN_IMAGE * sum(len(p.images) for p in plans)
+    from lethebench.costing import CHANNELS, bytes_an_image, picture_size
+    from lethebench.zoo import find_model
+
+    entry = find_model(plans[0].model)
+    height, width = picture_size(plans[0].suite.sampler, entry)
+    need = bytes_an_image(height, width, CHANNELS[entry.family]) * sum(len(p.images) for p in plans)
     free = shutil.disk_usage(store.root).free
     if free < need:
         raise UserError(
@@ -240,7 +278,7 @@ def _work(
 ) -> None:
     """Run what the store lacks, stage by stage; a row with a failure goes no further."""
     rows = list(plans) if base in plans else [base, *plans]
-    rows = [p for p in rows if p.recipe.unsupported(_family(p.model)) is None]
+    rows = [p for p in rows if p.inapplicable is None]
     for stage in STAGES:
         failed = {_row_name(f.job) for f in outcome.failures}
         jobs = [j for p in rows for j in missing(p, stage, store) if _row_name(j) not in failed]
@@ -283,12 +321,6 @@ def _row_name(job: Job) -> tuple[tuple[str, ...], tuple[str, ...], str]:
     return job.specs, job.strengths, repr(job.overrides)  # an override may be a list
 
 
-def _family(model: str) -> str:
-    from lethebench.zoo import family_of
-
-    return family_of(model)
-
-
 def missing(plan: RowPlan, stage: str, store: Store) -> list[Job]:
     """The jobs of one stage of a row whose results the store lacks."""
     if stage == "fit":
@@ -323,11 +355,10 @@ def _current(plan: RowPlan, base: RowPlan, runs: Path, outcome: Outcome) -> bool
 
 def _write_row(plan: RowPlan, base: RowPlan, store: Store, runs: Path, outcome: Outcome) -> None:
     folder = plan.folder(runs)
-    unsupported = plan.recipe.unsupported(_family(plan.model))
     failed = [f for f in outcome.failures if _same_row(f.job, plan) or _same_row(f.job, base)]
     table = None
-    if unsupported is not None:
-        row = _empty_row(plan, "not-applicable", unsupported)
+    if plan.inapplicable is not None:
+        row = _empty_row(plan, "not-applicable", plan.inapplicable)
     elif failed:
         row = _empty_row(plan, "failed", failed[0].error)
     else:
@@ -393,7 +424,7 @@ def _identity(plan: RowPlan) -> dict[str, Any]:
             **({"train": suite.train} if suite.train is not None else {}),
         },
         "seeds": {
-            "noise": f"sha256(noise, {suite.key}, prompt id, image index)",
+            "noise": f"sha256(noise, {suite.seed_key}, prompt id, image index)",
             "fit": "sha256(fit, suite, method)",
             **({"train": "sha256(train, suite, instance)"} if suite.train is not None else {}),
         },
@@ -555,7 +586,7 @@ def _write_references(base: RowPlan, runs: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for name in sorted({r for key in base.images for r in key.prompt.references}):
             path = folder / f"{file_name(name)}.png"
-            if not path.exists():
+            if not path.exists() and described(prompts, name) is None:
                 temporary = path.with_suffix(".tmp")
                 Image.fromarray(prompts.reference(name).image).save(temporary, format="png")
                 temporary.replace(path)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lethebench import cli_data
 from lethebench.errors import LetheError, UserError
 
 app = typer.Typer(
@@ -19,6 +20,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _allow(given: str) -> str:
+    if given:
+        from lethebench.promptfiles.consent import allow
+
+        allow(given)
+    return given
+
 
 Runs = Annotated[Path, typer.Option("--runs", help="Folder of results and of the store.")]
 SuiteName = Annotated[str, typer.Option("--suite", help="A suite of the package, or a YAML file.")]
@@ -33,6 +43,14 @@ Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float1
 Load = Annotated[
     list[str] | None,
     typer.Option("--load", help="How the model is loaded: KEY=VALUE (offload, compile, quantise, ...)."),
+]
+Allow = Annotated[
+    str,
+    typer.Option(
+        "--allow",
+        help="Prompts that are used only on request: unsafe, living-persons (or both).",
+        callback=_allow,
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 
@@ -144,8 +162,12 @@ def _bench(
 @app.command(epilog="Example: lethe bench uniforget --suite planted --strength all")
 def bench(
     method: Annotated[
-        str, typer.Argument(help="A method, a+b, path.py:Class, a comma-separated list, or 'all'.")
-    ],
+        str,
+        typer.Argument(
+            help="A method, a+b, path.py:Class, a comma-separated list, or 'all'; none: the suite's own.",
+            show_default=False,
+        ),
+    ] = "",
     suite: SuiteName = "planted",
     model: ModelName = None,
     strength: Strength = "all",
@@ -157,10 +179,41 @@ def bench(
     device: Device = "cpu",
     dtype: Dtype = "float32",
     load: Load = None,
+    allow: Allow = "",
     site: Annotated[Path, typer.Option(help="Where the page is written.")] = Path("site"),
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what the run will do and cost; start nothing.")
+    ] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="With --plan: draw a batch to find the time of an image.")
+    ] = False,
+    rate: Annotated[
+        float | None, typer.Option("--rate", help="With --plan: the base model's seconds an image.")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Fit, generate, score and rank a method; write its rows and the leaderboard page."""
+    if plan:
+        from lethebench.costing import costs, print_costs
+
+        found = costs(
+            [m for m in method.split(",") if m],
+            suite=suite,
+            model=model,
+            strength=strength,
+            overrides=_overrides(overrides),
+            runs=runs,
+            runtime=_runtime(device, dtype, _threads(threads, workers), load),
+            rate=rate,
+            measure=measure,
+        )
+        if json_:
+            print(json.dumps(found.as_dict()))
+        else:
+            print_costs(found)
+        return
+    if measure or rate is not None:
+        raise UserError("--measure and --rate belong to --plan")
     outcome, report = _bench(
         method, suite, model, strength, overrides, runs, engine, workers, threads, device, dtype, load, "row"
     )
@@ -190,6 +243,7 @@ def _stage(until: str, done: str) -> Any:
         device: Device = "cpu",
         dtype: Dtype = "float32",
         load: Load = None,
+        allow: Allow = "",
     ) -> None:
         outcome, report = _bench(
             method,
@@ -238,6 +292,7 @@ def export(
     device: Device = "cpu",
     dtype: Dtype = "float32",
     load: Load = None,
+    allow: Allow = "",
     instance: Annotated[str | None, typer.Option(help="Where a suite fine-tunes: which of its sets.")] = None,
 ) -> None:
     """Write the mitigated model of a permanent edit as a folder; fits it first where need be."""
@@ -298,6 +353,7 @@ def attack(
     workers: Workers = 1,
     threads: Threads = 0,
     site: Annotated[Path | None, typer.Option(help="Write the leaderboard page there afterwards.")] = None,
+    allow: Allow = "",
     json_: Json = False,
 ) -> None:
     """Try to get out of a row what its mitigation removed, and out of its twins what was never there."""
@@ -369,6 +425,7 @@ def info(
     name: Annotated[str, typer.Argument(help="Its name.")],
     json_: Json = False,
     sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet of a prompt set as PNG.")] = None,
+    allow: Allow = "",
 ) -> None:
     """Show one plugin, prompt set, model or suite in full."""
     from lethebench import listing
@@ -466,16 +523,25 @@ def train(
     train_all(only, folder=folder, device=device, scale=scale, threads=threads, out=out, sheets=sheets)
 
 
-@app.command(epilog="Example: lethe doctor mini-sd")
+@app.command(epilog="Example: lethe doctor flux-schnell --device cuda --load offload=model")
 def doctor(
     model: Annotated[str, typer.Argument(help="A model of the zoo, a folder, or a hub id.")] = "mini-sd",
     runs: Runs = Path("runs"),
+    device: Annotated[
+        str, typer.Option("--device", help="cpu, cuda, ...; none: a GPU if there is one.")
+    ] = "",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="float32, bfloat16 or float16; none: what suits the device.")
+    ] = "",
+    load: Load = None,
     json_: Json = False,
 ) -> None:
-    """Say whether this machine can run the suites: packages, weights, plugins, disk, memory."""
+    """Say whether this machine can run a model and what is missing: files, packages, memory, disk."""
     from lethebench.doctor import examine
+    from lethebench.zoo import LoadSettings
 
-    findings = examine(model, runs)
+    loading = LoadSettings.of(_overrides(load, "--load"))
+    findings = examine(model, runs, device=device, dtype=dtype and _dtype(dtype), loading=loading)
     if json_:
         print(json.dumps([f.as_dict() for f in findings], indent=1))
     else:
@@ -484,6 +550,8 @@ def doctor(
     if not all(f.ok for f in findings):
         raise LetheError("problems were found; each line above says what to do")
 
+
+cli_data.add_to(app)
 
 if __name__ == "__main__":
     main()

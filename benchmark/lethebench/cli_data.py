@@ -24,7 +24,8 @@ def fetch(
     to: Annotated[
         Path | None,
         typer.Option(
-            "--to", help="Folder for files (else LETHE_DATA or ~/.cache/lethe) and models (else the hub's cache)."
+            "--to",
+            help="Folder for files (else LETHE_DATA or ~/.cache/lethe) and models (else the hub's cache).",
         ),
     ] = None,
     allow: Annotated[str, typer.Option("--allow", help="Allow unsafe or living-persons (or both).")] = "",

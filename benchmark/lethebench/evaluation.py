@@ -21,7 +21,6 @@ from lethebench.bench import plan_rows, run
 from lethebench.errors import RunError, UserError
 from lethebench.method import recorded_settings
 from lethebench.metric import Metric, detectors
-from lethebench.metrics._weights import DATA, data_folder
 from lethebench.plan import (
     RowPlan,
     Runtime,
@@ -34,6 +33,7 @@ from lethebench.plan import (
     require_own_names,
     weights_sha256,
 )
+from lethebench.promptfiles.sources import VARIABLE, data_folder
 from lethebench.prompts import Role
 from lethebench.registry import METRICS, source_sha256
 from lethebench.specs import MetricSpec, Suite, load_suite
@@ -152,7 +152,7 @@ def _unavailable(spec: MetricSpec) -> str | None:
 
 def _without_home(text: str) -> str:
     """The text without the folders of this machine's user: it goes into a record that is passed on."""
-    return text.replace(str(data_folder()), f"${DATA}").replace(str(Path.home()), "~")
+    return text.replace(str(data_folder()), f"${VARIABLE}").replace(str(Path.home()), "~")
 
 
 def _require_truth(suite: Suite) -> None:

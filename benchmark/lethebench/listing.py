@@ -40,6 +40,8 @@ def _facts(what: str, item: Any) -> dict[str, Any]:
             "knowledge": sorted(map(str, item.knowledge)),
             "strengths": list(item.strengths),
             "control": item.control,
+            "model_families": sorted(item.model_families),
+            "unsupported_reason": item.unsupported_reason,
         }
     if what == "metrics":
         facts |= {"scores": [s.name for s in item.scores], "needs": sorted(item.needs)}
@@ -53,7 +55,7 @@ def _facts(what: str, item: Any) -> dict[str, Any]:
 def info(what: str, name: str) -> dict[str, Any]:
     """All that is known of one thing. Raises UserError."""
     if what == "suite":
-        return load_suite(name).model_dump(mode="json")
+        return _suite(name)
     item = REGISTRIES[f"{what}s"].get(name)
     found = {"name": item.name, **_facts(f"{what}s", item)}
     if what == "method":
@@ -67,6 +69,14 @@ def info(what: str, name: str) -> dict[str, Any]:
     else:
         found |= _prompt_set(name)
     return found
+
+
+def _suite(name: str) -> dict[str, Any]:
+    from lethebench.reported import as_record, reported
+
+    suite = load_suite(name)
+    found = reported(suite.name)
+    return suite.model_dump(mode="json") | (as_record(found) if found is not None else {})
 
 
 def _metric(item: Any) -> dict[str, Any]:
@@ -92,7 +102,6 @@ def _method(item: Any) -> dict[str, Any]:
     return {
         "citation": item.citation,
         "licence": item.licence,
-        "model_families": sorted(item.model_families),
         "strengths": {k: dict(v) for k, v in item.strengths.items()},
         "settings": _settings(item),
     }

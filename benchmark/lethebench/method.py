@@ -92,11 +92,13 @@ class Task:
         training: Mapping[str, Any] | None = None,
         checkpoints: Path | None = None,
         control: bool = False,
+        concepts: tuple[str, ...] = (),
     ) -> None:
         self.model = model
         self.sampler = sampler
         self._prompts, self._knowledge, self._seed = prompts, knowledge, seed_parts
         self._base, self._instance, self._training, self._control = base, instance, training, control
+        self._concepts = concepts
         self.checkpoints = checkpoints
         """Where a long fit may leave what it needs to go on after a kill; None: nowhere."""
 
@@ -187,7 +189,8 @@ class Task:
             return {a.name: self._asking(a) for a in self.attributes()}
         found: dict[str, list[Prompt]] = {}
         for p in self._own():
-            if p.role is Role.CONCEPT and p.concept is not None:
+            told = not self._concepts or p.concept in self._concepts
+            if p.role is Role.CONCEPT and p.concept is not None and told:
                 found.setdefault(p.concept, []).append(p)
         return found
 

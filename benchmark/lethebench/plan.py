@@ -13,7 +13,7 @@ from urllib.parse import quote
 from lethebench.composition import Recipe
 from lethebench.errors import UserError
 from lethebench.hooks import ImageKey
-from lethebench.method import Method, fitted_settings, identity_of, places_of, settings_of
+from lethebench.method import Knowledge, Method, fitted_settings, identity_of, places_of, settings_of
 from lethebench.metric import Metric, configure_metric
 from lethebench.prompts import Prompt, PromptSet, Union
 from lethebench.provenance import (
@@ -55,19 +55,41 @@ class Runtime:
 
 @lru_cache(maxsize=4)
 def prompt_set(name: str) -> PromptSet:
-    """The registered prompt set, made once a process; of several, joined by ``+``, their union."""
+    """The registered prompt set, made once a process; of several, joined by ``+``, their union.
+
+    A user's own set is named by its YAML file (``promptfiles.specs``).
+    """
     if "+" in name:
         return Union([prompt_set(part) for part in name.split("+")])
+    if name.endswith((".yaml", ".yml")):
+        from lethebench.promptfiles.sets import load_spec
+
+        return load_spec(name)
     found = PROMPT_SETS.get(name)
     made: PromptSet = found() if isinstance(found, type) else found
     return made
 
 
-@lru_cache(maxsize=4)
-def manifest_sha256(name: str) -> str:
-    """The SHA-256 of a prompt set's manifest and of the source that makes its references."""
-    sources = [source_sha256(PROMPT_SETS.get(part)) for part in name.split("+")]
-    return digest([prompt_set(name).manifest(), sources[0] if len(sources) == 1 else sources])
+@lru_cache(maxsize=8)
+def manifest_sha256(name: str, references: bool = True) -> str:
+    """The SHA-256 of a prompt set's manifest and of the source that makes it.
+
+    Without ``references``, that of what doesn't depend on the user's own images or indexes of them.
+    """
+    sources = [source_sha256(type(prompt_set(part))) for part in name.split("+")]
+    manifest = prompt_set(name).manifest()
+    if not references:
+        manifest = _without_references(manifest)
+    return digest([manifest, sources[0] if len(sources) == 1 else sources])
+
+
+def _without_references(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest, or several by name, without what says which references there are."""
+    return {
+        name: _without_references(part) if isinstance(part, dict) else part
+        for name, part in manifest.items()
+        if name != "references"
+    }
 
 
 def weights_sha256(model: str) -> dict[str, str]:
@@ -92,8 +114,29 @@ def judges_sha256() -> dict[str, str]:
 
 
 def make_metric(spec: MetricSpec) -> Metric:
-    """The metric of a suite with its settings. Raises UserError."""
-    return configure_metric(METRICS.get(spec.name), spec.settings)
+    """The metric of a suite with its settings. Raises UserError.
+
+    In texts, ``${data}`` is the data folder, and ``${device}`` is cuda where torch sees one, else cpu.
+    """
+    return configure_metric(METRICS.get(spec.name), _filled_in(spec.settings))
+
+
+def _filled_in(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _filled_in(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_filled_in(part) for part in value]
+    if not isinstance(value, str):
+        return value
+    if "${data}" in value:
+        from lethebench.promptfiles.sources import data_folder
+
+        value = value.replace("${data}", str(data_folder()))
+    if "${device}" in value:
+        import torch
+
+        value = value.replace("${device}", "cuda" if torch.cuda.is_available() else "cpu")
+    return value
 
 
 def require_own_names(specs: Sequence[MetricSpec]) -> None:
@@ -121,7 +164,7 @@ def setting_files(method: Method) -> dict[str, str]:
 def chosen(suite: Suite, prompts: PromptSet) -> list[tuple[Prompt, int]]:
     """The suite's (prompt, number of images), in the prompt set's order.
 
-    Where a selection is limited, clusters are taken in an order drawn from the suite's key, so that
+    Where a selection is limited, clusters are taken in an order drawn from the suite's seed key, so that
     a longer list contains the shorter one.
     """
     found: dict[str, tuple[Prompt, int]] = {}
@@ -137,17 +180,33 @@ def _selected(selection: Selection, suite: Suite, prompts: PromptSet) -> Iterato
         p
         for p in prompts
         if p.role is selection.role
+        and (not selection.sets or _set_of(p, prompts) in selection.sets)
         and (not selection.kinds or p.kind in selection.kinds)
+        and (not selection.categories or p.category in selection.categories)
         and (selection.min_duplicates is None or (p.duplicates or 0) >= selection.min_duplicates)
     ]
     if not fits:
         raise UserError(
-            f"suite {suite.key}: no prompt of {suite.prompt_set} has role {selection.role}"
+            f"suite {suite.key}: no prompt of {'+'.join(selection.sets) or suite.prompt_set} has role "
+            f"{selection.role}"
             + (f" and kind {', '.join(selection.kinds)}" if selection.kinds else "")
+            + (f" and category {', '.join(selection.categories)}" if selection.categories else "")
         )
-    clusters = sorted({p.cluster for p in fits}, key=lambda c: derive_seed("select", suite.key, c))
+    clusters = sorted({p.cluster for p in fits}, key=lambda c: derive_seed("select", suite.seed_key, c))
     kept = set(clusters[: selection.limit])
     return (p for p in fits if p.cluster in kept)
+
+
+def _set_of(prompt: Prompt, prompts: PromptSet) -> str:
+    """The set that a prompt is of: of those that were joined, the one that its id begins with."""
+    return prompt.id.partition("/")[0] if isinstance(prompts, Union) else prompts.name
+
+
+_OF_OTHERS = {"metrics", "also", "methods", "fit", "attack"}
+"""Parts of a suite that a row depends on by its own settings and scores only, or not at all."""
+
+
+_SEES_IMAGES = {Knowledge.TRAINING_IMAGES, Knowledge.REFERENCE_INDEX}
 
 
 class PlannedFit(NamedTuple):
@@ -174,7 +233,7 @@ class RowPlan:
         keys = []
         for prompt, count in chosen(self.suite, prompts):
             drawn = self._drawn(prompt, by_id)
-            keys += [ImageKey(self.suite.key, drawn, k) for k in range(count)]
+            keys += [ImageKey(self.suite.seed_key, drawn, k) for k in range(count)]
         return keys
 
     def _drawn(self, prompt: Prompt, by_id: Mapping[str, Prompt]) -> Prompt:
@@ -188,6 +247,15 @@ class RowPlan:
             attributes=other.attributes,
             concept=other.concept,
         )
+
+    @cached_property
+    def inapplicable(self) -> str | None:
+        """Why the recipe doesn't apply to the model, or to one that is loaded so; None where it does."""
+        from lethebench.zoo import LoadSettings, family_of
+
+        loading = LoadSettings.of(dict(self.runtime.loading))
+        refusals = (loading.refusal(p.name, str(p.family)) for p in self.recipe.parts)
+        return self.recipe.unsupported(family_of(self.model)) or next(filter(None, refusals), None)
 
     @cached_property
     def instances(self) -> tuple[str, ...]:
@@ -269,13 +337,14 @@ class RowPlan:
         return {
             **self._common,
             "what": "fit",
-            "suite": self.suite.key,
-            "prompts": manifest_sha256(self.suite.prompt_set),
+            "suite": self.suite.seed_key,
+            "prompts": manifest_sha256(self.suite.prompt_set, bool(_SEES_IMAGES & own.sees)),
             "fitting": code_sha256(*FITTING_CODE),
             "judges": judges_sha256(),
             "parts": [*before, [own.name, fitted_settings(own), sources[own.name]]],
             "files": [setting_files(p) for p in self.recipe.parts[: part + 1]],
             **({"instance": instance} if instance else {}),
+            **({"concepts": self.suite.concepts} if self.suite.concepts else {}),
             **self._training,
         }
 
@@ -297,7 +366,7 @@ class RowPlan:
         key = {
             **self._common,
             "what": "shard",
-            "suite": self.suite.key,
+            "suite": self.suite.seed_key,
             "fits": fits,
             "applied": [identity_of(p) for p in self.recipe.parts],
             "images": images,
@@ -326,7 +395,7 @@ class RowPlan:
         return {
             "what": "row",
             "schema": SCHEMA,
-            "suite": self.suite.model_dump(mode="json", exclude={"metrics", "also", "fit", "attack"}),
+            "suite": self.suite.model_dump(mode="json", exclude=_OF_OTHERS),
             "model": self.model,
             "setting": self.recipe.setting,
             "scores": scores,

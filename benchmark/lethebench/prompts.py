@@ -134,9 +134,17 @@ class Union:
         name, _, rest = reference_id.partition("/")
         return self.parts[name].reference(rest)
 
+    def described(self, reference_id: str) -> Any:
+        """What the set that the id begins with keeps in place of the image (``referencing``); else None."""
+        name, _, rest = reference_id.partition("/")
+        own: Any = getattr(self.parts[name], "described", None)
+        return None if own is None else own(rest)
+
     def training_prompts(self) -> Sequence[str]:
-        """The training prompts of all sets, each text once."""
-        return list(dict.fromkeys(text for part in self.parts.values() for text in part.training_prompts()))
+        """The training prompts of all sets, each text once; none that any of the sets tests."""
+        tested = {prompt.text for prompt in self}
+        texts = dict.fromkeys(text for part in self.parts.values() for text in part.training_prompts())
+        return [text for text in texts if text not in tested]
 
     def manifest(self) -> dict[str, Any]:
         """The sets' manifests by name."""
@@ -152,7 +160,10 @@ class Union:
         """What the first set that knows the concept puts in its place; "" where none does."""
         for part in self.parts.values():
             own: Any = getattr(part, "anchor_concept", None)
-            found = "" if own is None else own(concept)
+            try:
+                found = "" if own is None else own(concept)
+            except KeyError:
+                continue
             if found:
                 return str(found)
         return ""

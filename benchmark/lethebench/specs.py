@@ -30,15 +30,19 @@ class SamplerSettings(Spec):
 class Selection(Spec):
     """Some prompts of the set, and how many images of each.
 
-    Prompts are chosen by role, then kinds, then the first ``limit`` clusters in an order drawn from
-    the suite's name and version (None: all).
+    Prompts are chosen by role, by the sets that were joined (empty: all of them), by kinds and categories,
+    then the first ``limit`` clusters in an order drawn from :attr:`Suite.seed_key` (None: all).
     """
 
     role: Role
+    sets: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
+    categories: tuple[str, ...] = ()
     images: int = Field(ge=1)
     limit: int | None = Field(default=None, ge=1)
     min_duplicates: int | None = None
+    expect: int | None = Field(default=None, ge=1)
+    """How many prompts these are with the published files, for plans made while those are missing."""
 
 
 class Axis(Spec):
@@ -101,6 +105,10 @@ class Suite(Spec):
     description: str
     model: str
     prompt_set: str
+    """A registered prompt set, or several joined by ``+``."""
+    same_images_as: str | None = Field(default=None, pattern=r"^[^@]+@[^@]+$")
+    """Another suite, as ``name@version``, whose noise and order of clusters this one takes. With the same
+    sampler, images of prompts that both have are the same, and a store shares their fits and whole shards."""
     select: tuple[Selection, ...] = Field(min_length=1)
     sampler: SamplerSettings
     metrics: tuple[MetricSpec, ...] = Field(min_length=1)
@@ -115,8 +123,12 @@ class Suite(Spec):
     bootstrap: int = Field(default=2000, ge=100)
     fit: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Overrides of single methods' settings, by method name: frozen with the suite."""
+    methods: tuple[Extra, ...] = ()
+    """What is run where no METHOD is named: the rows of a paper's table. No row depends on it."""
     also: tuple[Extra, ...] = ()
     """What ``METHOD=all`` runs besides every registered method. No row depends on it."""
+    concepts: tuple[str, ...] = ()
+    """The concepts that methods are told of where they ask for names; empty: all of the prompt set."""
     train: dict[str, Any] | None = None
     """How methods of the training track fine-tune (``LoraSettings``), the same for all; None: they can't."""
     attack: AttackSettings | None = None
@@ -155,6 +167,11 @@ class Suite(Spec):
         """``name@version``."""
         return f"{self.name}@{self.version}"
 
+    @property
+    def seed_key(self) -> str:
+        """What noise, fits and the order of clusters are drawn from: the key of this suite or another."""
+        return self.same_images_as or self.key
+
 
 def load_suite(name: str) -> Suite:
     """The suite of that name in the package, or of that YAML file. Raises UserError."""
@@ -170,7 +187,7 @@ def load_suite(name: str) -> Suite:
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
         raise UserError(f"unknown suite '{name}': {hint}")
     try:
-        found = yaml.safe_load(path.read_text())
+        found = yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except yaml.YAMLError as error:
         raise UserError(f"suite file {path} is not YAML: {str(error).splitlines()[0]}") from error
     if isinstance(found, dict) and "extends" in found:

@@ -148,9 +148,9 @@ def slices(
     resamples: int = 2000,
     seed_parts: Sequence[object] = (),
 ) -> list[Slice]:
-    """The score by role, kind and category, and by kind with duplicates or correlation, if there are several.
+    """The score by role, kind, category and joined set, and by kind with duplicates or correlation.
 
-    Set-valued scores have no slices.
+    Where there are several. Set-valued scores have no slices.
     """
     if not is_mean(metric, score):
         return []
@@ -165,7 +165,7 @@ def slices(
 
 def _parts(table: pd.DataFrame) -> list[tuple[dict[str, str | int | float | bool], pd.DataFrame]]:
     found: list[tuple[dict[str, str | int | float | bool], pd.DataFrame]] = []
-    for name in ("role", "kind", "category"):
+    for name in ("role", "kind", "category", "set"):
         groups = list(table.groupby(name, sort=True)) if name in table else []
         if len(groups) > 1:
             found += [({name: str(value)}, part) for value, part in groups]

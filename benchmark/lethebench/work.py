@@ -150,11 +150,12 @@ def fit_part(plan: RowPlan, fit: PlannedFit, store: Store) -> Path:
         plan.suite.sampler,
         prompts,
         method.sees,
-        seed_parts=(plan.suite.key, method.name, *([instance] if instance else [])),
+        seed_parts=(plan.suite.seed_key, method.name, *([instance] if instance else [])),
         instance=instance,
         training=plan.suite.train,
         checkpoints=checkpoints,
         control=method.control,
+        concepts=plan.suite.concepts,
         base=partial(_another_model, plan) if part else None,
     )
     with plan.recipe.apply(model, before), peak_memory(plan.runtime.device) as memory:
@@ -364,6 +365,8 @@ def row_table(plan: RowPlan, store: Store) -> pd.DataFrame:
             frames.append(pd.read_parquet(found / "scores.parquet"))
         pieces.append(pd.concat(frames, axis=1))
     table = pd.concat(pieces, ignore_index=True)
+    if "+" in plan.suite.prompt_set:
+        table["set"] = table["prompt_id"].str.partition("/")[0]
     twice = table.columns[table.columns.duplicated()]
     if len(twice):
         raise RunError(f"two metrics write the column '{twice[0]}'")

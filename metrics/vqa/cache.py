@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lethebench.errors import UserError
-from lethebench.metrics._weights import data_folder
+from lethebench.promptfiles.sources import data_folder
 from lethebench.store import digest, write_atomic
 
 

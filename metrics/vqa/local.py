@@ -69,8 +69,8 @@ def check_folder(folder: Path, spec: str) -> None:
     """Raise UserError unless the folder holds an image-text-to-text model as safetensors."""
     if not folder.is_dir():
         raise UserError(
-            f"vqa judge {spec}: no folder {folder}; download the model first, e.g. by `hf download`, "
-            "and give its folder"
+            f"vqa judge {spec}: no folder {folder}; give another, or download the model into it: "
+            f"`hf download llava-hf/llava-v1.6-vicuna-13b-hf --local-dir {folder}` gets the paper's"
         )
     try:
         model_type = str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])

@@ -44,7 +44,7 @@ def chosen_items(plan: RowPlan) -> list[Item]:
     settings = attack_settings(plan.suite)
     cells: dict[tuple[str, str, float], list[Item]] = {}
     for item in sorted(
-        _pairs(plan, settings), key=lambda i: derive_seed("attack", plan.suite.key, i.prompt.cluster)
+        _pairs(plan, settings), key=lambda i: derive_seed("attack", plan.suite.seed_key, i.prompt.cluster)
     ):
         p = item.prompt
         cells.setdefault((p.kind, plan.instance_of(p.id), p.correlation or 0.0), []).append(item)

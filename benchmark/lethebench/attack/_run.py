@@ -195,7 +195,7 @@ def _default_by() -> str:
 def _targets(
     name: str, suite: Suite, model: str, runs: Path, threads: int, outcome: Attacked
 ) -> list[Target]:
-    _check_model(model)
+    _check_model(model, Runtime(threads=threads))
     spec, method, setting = _parsed(name)
     folders = _folders(method, setting, runs, suite, model)
     if len(folders) == 1 and name != "all":

@@ -138,7 +138,7 @@ def attack_row(plan: RowPlan, name: str, store: Store) -> Path:
     items = chosen_items(plan)
     asked = sorted(
         (p for item in items for p in (item.prompt, item.twin)),
-        key=lambda p: derive_seed("attack-order", plan.suite.key, p.id),
+        key=lambda p: derive_seed("attack-order", plan.suite.seed_key, p.id),
     )
     parts = [
         _part(plan, attack, instance, own, store)
@@ -197,7 +197,7 @@ def _part(plan: RowPlan, attack: Attack, instance: str, asked: list[Prompt], sto
     """Attack one instance's model with the instance's own prompts."""
     model = loaded_model(plan.model, plan.runtime)
     prompts, sampler = prompt_set(plan.suite.prompt_set), plan.suite.sampler
-    subject = Subject(model, sampler, prompts, plan.suite.key, unseen_index(plan))
+    subject = Subject(model, sampler, prompts, plan.suite.seed_key, unseen_index(plan))
     blind = [blinded(p) for p in asked]
     with plan.recipe.apply(model, fit_all(plan, store, instance)) as hooks:
         judge = attack.judge(subject, blind)
@@ -295,7 +295,8 @@ def draw(
     _, metric, _ = copy_score(plan)
     size, parts = plan.suite.batch_size, []
     keys = [
-        ImageKey(plan.suite.key, p if t.text is None else replace(p, text=t.text), t.index) for p, t in pairs
+        ImageKey(plan.suite.seed_key, p if t.text is None else replace(p, text=t.text), t.index)
+        for p, t in pairs
     ]
     for start in range(0, len(pairs), size):
         own = _Offsets(model, plan.suite.sampler, tuple(t for _, t in pairs[start : start + size]))
@@ -350,7 +351,7 @@ def _labelled(
     _, metric, score = copy_score(plan)
     asked = tuple(p for p, _ in pairs)
     columns = metric.measure(replace(drawn, prompts=asked))
-    keys = [ImageKey(plan.suite.key, p, i) for p, i in zip(drawn.prompts, drawn.indices, strict=True)]
+    keys = [ImageKey(plan.suite.seed_key, p, i) for p, i in zip(drawn.prompts, drawn.indices, strict=True)]
     table = pd.concat([known_frame(keys), columns_frame(columns, len(pairs), metric.name)], axis=1)
     item_of = {p.id: item.prompt.id for item in items for p in (item.prompt, item.twin)}
     table["item"] = [item_of[p.id] for p in asked]
