@@ -21,8 +21,8 @@ from safetensors.numpy import save_file
 
 from lethebench import plan as planning
 from lethebench import prompts as typed
-from lethebench.bench import plan_rows
 from lethebench.cli import main
+from lethebench.composition import recipes
 from lethebench.errors import RunError, UserError
 from lethebench.indexing import build_index, describing_metric
 from lethebench.methods.amg import index as amg
@@ -544,7 +544,7 @@ def test_a_changed_index_changes_the_keys_of_scores(monkeypatch: pytest.MonkeyPa
         suite = load_suite("smoke")
         selected = tuple(s for s in suite.select if s.role is Role.TRIGGER)
         suite = suite.model_copy(update={"prompt_set": "kept", "select": selected})
-        row = plan_rows(["base"], suite, suite.model, controls=False)[0]
+        row = planning.RowPlan(suite, suite.model, recipes("base")[0], planning.Runtime())
         copy = next(m for m in suite.metrics if m.name == "copy-mini")
         return row.scores_key(0, copy)["prompts"], row.scores_key(0, copy)
 
