@@ -12,7 +12,7 @@ from functools import cached_property
 from lethebench.promptfiles.readers import Table
 from lethebench.promptfiles.sets import FilePromptSet
 from lethebench.promptfiles.specs import Columns, Layout
-from lethebench.prompts import Role
+from lethebench.prompts import Role, plainly
 from lethebench.registry import PROMPT_SETS
 from lethebench.seeding import derive_seed
 
@@ -47,9 +47,9 @@ class _WholeCoco(FilePromptSet):
 
     @cached_property
     def _spare(self) -> list[str]:
-        asked = {prompt.text for prompt in self}
+        asked = {plainly(prompt.text) for prompt in self}
         other, column = self.read(self.files[1], separator=self.spare.separator), self.spare.columns.prompt
-        found = {row.cells[str(column)] for row in other.rows} - asked
+        found = {text for row in other.rows if plainly(text := row.cells[str(column)]) not in asked}
         return sorted(found, key=lambda text: derive_seed("prompt set", self.name, "training", text))[:512]
 
     def training_prompts(self) -> Sequence[str]:

@@ -15,12 +15,8 @@ from lethebench.registry import PROMPT_SETS
 
 _IN_BRACKETS = re.compile(r"(\s*\([^()]*\))+$")
 _ESCAPED = re.compile(r'\\(?:u([0-9a-fA-F]{4})|(["/\\]))')
-_LEFT_OUT = {
-    "GenderTest": "a page for trying things out",
-    "Barack Obama": "a living person",
-    "George W. Bush": "a living person",
-    "William Clinton": "a living person",
-}
+_LEFT_OUT = {"dc": {"403631", "49157", "224129"}, "marvel": {"194000", "48680", "287363"}}
+"""Pages that are no characters: one for trying things out, and living heads of state."""
 
 
 def character_name(written: str) -> str:
@@ -38,11 +34,10 @@ def character_name(written: str) -> str:
 
 
 def _described(universe: str, cells: Mapping[str, str]) -> dict[str, str] | None:
-    character = character_name(cells["name"])
-    if character in _LEFT_OUT:
+    if cells["page_id"] in _LEFT_OUT[universe]:
         return None
     return {
-        "character": character,
+        "character": character_name(cells["name"]),
         "universe": universe,
         "key": f"{universe}-{cells['page_id']}",
         "appearances": str(int(cells["APPEARANCES"] or 0)),

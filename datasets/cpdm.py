@@ -33,7 +33,7 @@ class Anime(FilePromptSet):
 class Celebrity(FilePromptSet):
     """Names of celebrities, at most the 700 of UniForget, only where names of living persons are allowed.
 
-    The template is of the one prompt that the paper prints ("A photo of Lionel Messi").
+    The template is that of the one prompt that the paper prints.
     """
 
     name = "celebrity"

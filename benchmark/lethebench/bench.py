@@ -71,11 +71,12 @@ def plan_rows(
     without overrides) the suite's ``also``. Everything that can be wrong with names and settings is found
     here, before any work.
     """
-    _require_sound(suite)
+    require_sound(suite)
     found = recipes_of(methods, suite, strength=strength, overrides=overrides, controls=controls)
     for recipe in found:
         for part in recipe.parts:
-            _require_files(part)
+            require_files(part)
+    _require_concepts(suite)
     for spec in suite.metrics:
         metric = make_metric(spec)
         metric.check()
@@ -128,7 +129,7 @@ def _own_methods(suite: Suite, strength: str, overrides: Mapping[str, Any] | Non
     return suite.methods
 
 
-def _require_sound(suite: Suite) -> None:
+def require_sound(suite: Suite) -> None:
     """Raise UserError where a suite's reference is several rows, or its set has nothing to train on."""
     settings = METHODS.get(suite.reference).strengths
     if len(settings) > 1:
@@ -160,7 +161,15 @@ def _require_track(recipe: Recipe, suite: Suite) -> None:
         raise UserError(f"'{recipe.name}' fine-tunes after another method: the fine-tuning must come first")
 
 
-def _require_files(method: Method) -> None:
+def _require_concepts(suite: Suite) -> None:
+    """Raise UserError where the suite tells methods of a concept that its prompts don't have."""
+    known = {prompt.concept for prompt in prompt_set(suite.prompt_set)} if suite.concepts else set()
+    for name in suite.concepts:
+        if name not in known:
+            raise UserError(f"suite {suite.key}: no prompt of {suite.prompt_set} has the concept '{name}'")
+
+
+def require_files(method: Method) -> None:
     """Raise UserError where a file that a setting names isn't there."""
     for name in sorted(places_of(method)):
         value = getattr(method, name)
@@ -236,6 +245,7 @@ def run(
         [p for p in plans if not _current(p, plans[0], runs, outcome)] if until == "row" else list(plans)
     )
     if pending:
+        _check_references(plans[0])
         _check_space(pending, store)
         _work(pending, plans[0], store, runner, outcome, until)
     if until == "row":
@@ -256,6 +266,16 @@ def _check_model(name: str, runtime: Runtime) -> None:
     require_loadable(name, device=runtime.device, dtype=runtime.dtype, loading=loading)
 
 
+def _check_references(base: RowPlan) -> None:
+    """Raise UserError now for a user's reference image that can't be read when images are scored."""
+    prompts = prompt_set(base.suite.prompt_set)
+    if not hasattr(prompts, "described") or not any("references" in m.needs for m in base.metrics):
+        return
+    for name in sorted({one for key in base.images for one in key.prompt.references}):
+        if described(prompts, name) is None:
+            prompts.reference(name)
+
+
 def _check_space(plans: Sequence[RowPlan], store: Store) -> None:
     import shutil
 
@@ -264,7 +284,8 @@ def _check_space(plans: Sequence[RowPlan], store: Store) -> None:
 
     entry = find_model(plans[0].model)
     height, width = picture_size(plans[0].suite.sampler, entry)
-    need = bytes_an_image(height, width, CHANNELS[entry.family]) * sum(len(p.images) for p in plans)
+    images = sum(len(p.shards[j.number]) for p in plans for j in missing(p, "shard", store))
+    need = bytes_an_image(height, width, CHANNELS[entry.family]) * images
     free = shutil.disk_usage(store.root).free
     if free < need:
         raise UserError(

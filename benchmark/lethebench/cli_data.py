@@ -89,5 +89,5 @@ def add_to(app: typer.Typer) -> None:
     app.command(epilog="Example: lethe fetch sd_memorized/nemo_memorized_laion_prompts.csv")(fetch)
     app.command(
         epilog="Example: lethe index my-images --descriptor sscd --set preset=nemo-320 "
-        "--out data/nemo/references/sscd.safetensors"
+        "--out ~/.cache/lethe/sd-memorized-nemo/references/sscd.safetensors"
     )(index)

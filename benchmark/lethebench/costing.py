@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
-from lethebench.bench import Outcome, _current, missing, recipes_of
+from lethebench.bench import Outcome, _current, missing, recipes_of, require_files, require_sound
 from lethebench.composition import Recipe
 from lethebench.errors import UserError
 from lethebench.hooks import ImageKey
@@ -167,6 +167,7 @@ def costs(
         raise UserError(f"--rate is the time of an image in seconds, above 0, not {rate}")
     spec = suite if isinstance(suite, Suite) else load_suite(suite)
     runs, runtime, name = Path(runs), runtime or Runtime(), model or spec.model
+    require_sound(spec)
     recipes = recipes_of(methods, spec, strength=strength, overrides=overrides)
     entry, lacks = _model(name, runtime)
     plans = [RowPlan(spec, name, recipe, runtime) for recipe in recipes]
@@ -187,7 +188,7 @@ def costs(
         sets=tuple(sets),
         rows=tuple(_row(plan, left, rates, drawn) for plan in plans),
         jobs=left.jobs,
-        missing=(*lacks, *unreadable, *_metrics_lack(spec, readable=not unreadable)),
+        missing=(*lacks, *_files_lack(plans), *unreadable, *_metrics_lack(spec, readable=not unreadable)),
         height=height,
         width=width,
         bytes_an_image=bytes_an_image(height, width, CHANNELS[entry.family]),
@@ -230,6 +231,17 @@ def _metrics_lack(suite: Suite, readable: bool) -> list[Lack]:
     return found
 
 
+def _files_lack(plans: Sequence[RowPlan]) -> list[Lack]:
+    """The files that methods' settings name and that aren't there."""
+    found: dict[str, Lack] = {}
+    for part in (part for plan in plans for part in plan.recipe.parts):
+        try:
+            require_files(part)
+        except UserError as error:
+            found.setdefault(str(error), Lack(f"method {part.name}", str(error)))
+    return list(found.values())
+
+
 def count_sets(suite: Suite) -> tuple[list[SetCount], list[Lack]]:
     """What a row draws of each joined prompt set, and which sets can't be read here.
 
@@ -244,7 +256,7 @@ def count_sets(suite: Suite) -> tuple[list[SetCount], list[Lack]]:
             lacks.append(Lack(f"prompt set {name}", str(error)))
     if not lacks:
         pairs = chosen(suite, prompt_set(suite.prompt_set))
-        return [_counted(name, pairs, len(names) > 1) for name in names], []
+        return [_counted(prompt_set(name).name, pairs, len(names) > 1) for name in names], []
     unread = {lack.what for lack in lacks}
     return [_one_set(name, suite, f"prompt set {name}" not in unread) for name in names], lacks
 

@@ -110,6 +110,9 @@ def _model(name: str, device: str, dtype: str, loading: LoadSettings) -> list[Fi
         return found + _needs(outline(entry), Machine.found(device), dtype, loading)
     except LetheError as error:
         return [*found, Finding("memory", False, str(error))]
+    except (KeyError, TypeError, ValueError, OSError) as error:  # of files that are incomplete or damaged
+        told = f"{type(error).__name__}: {error}".splitlines()[0]
+        return [*found, Finding("memory", False, f"its needs can't be told from its files ({told})")]
 
 
 def _licensed(entry: ModelEntry, detail: str) -> str:
@@ -168,7 +171,7 @@ def _needs(found: Outline, machine: Machine, dtype: str, loading: LoadSettings) 
     """What the model takes of the machine, what would make it fit, and what one large GPU can do."""
     import torch
 
-    from lethebench.memory import CONTEXT, DryRun, sampling, uniforget, weights
+    from lethebench.memory import CONTEXT, DryRun, largest_batch, sampling, uniforget, weights
     from lethebench.zoo._load import check_loading
 
     dtype = dtype or machine.default_dtype
@@ -183,7 +186,7 @@ def _needs(found: Outline, machine: Machine, dtype: str, loading: LoadSettings) 
     fits = drawn.total <= machine.room
     detail = f"{_told(drawn)} in {dtype}, {machine.device} has {_gb(machine.room)}"
     if fits:
-        detail += f": batches of up to {drawn.largest_batch(machine.room)} images"
+        detail += f": batches of up to {largest_batch(dry(dtype), machine.room, loading)} images"
     else:
         detail += f"; {_advice(dry, machine, dtype, loading)}"
     findings.append(Finding("memory", fits, detail))
@@ -196,7 +199,7 @@ def _needs(found: Outline, machine: Machine, dtype: str, loading: LoadSettings) 
     if taken > GB:
         half = weights(found, "bfloat16")
         large = LARGE_GPU - CONTEXT
-        most = sampling(dry("bfloat16")).largest_batch(large)
+        most = largest_batch(dry("bfloat16"), large)
         fit = _fit(replace(plain, weights=half), replace(thrifty, weights=half), large)
         text = f"in bfloat16, sampling: batches of up to {most}; UniForget's fit: {fit}"
         findings.append(Finding("one 80 GB GPU", True, text))

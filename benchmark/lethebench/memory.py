@@ -13,6 +13,7 @@ libraries, fragmentation, and the text encoders' own activations. Bytes everywhe
 from __future__ import annotations
 
 import weakref
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -210,6 +211,17 @@ def sampling(dry: DryRun, loading: LoadSettings | None = None, *, batch: int = 1
     return Estimate("sampling", batch, taken, 0, dry.prediction, dry.decoding(batch))
 
 
+def largest_batch(dry: DryRun, room: int, loading: LoadSettings | None = None) -> int:
+    """Images that can be drawn at once in ``room`` bytes; 0 where not even one fits.
+
+    Decoding takes more for each image until the sampler decodes in pieces.
+    """
+    whole = sampling(dry, loading, batch=dry.piece)
+    if whole.total <= room:
+        return whole.largest_batch(room)
+    return bisect_right(range(1, dry.piece), room, key=lambda n: sampling(dry, loading, batch=n).total)
+
+
 def uniforget(
     dry: Callable[[str], DryRun],
     dtype: str,
@@ -312,14 +324,19 @@ class DryRun:
                 self._predict(latents, given)
         return int(live.peak)
 
+    @property
+    def piece(self) -> int:
+        """Images that the sampler decodes at once, at most."""
+        from lethebench.sampler._pixels import _DECODED_PIXELS
+
+        height, width = self.adapter.size
+        return max(1, int(_DECODED_PIXELS // (height * width)))
+
     def decoding(self, batch: int) -> int:
         """The VAE's decoding, in float32, of what the sampler decodes at once of a batch."""
         from diffusers import AutoencoderKL
 
-        from lethebench.sampler._pixels import _DECODED_PIXELS
-
-        height, width = self.adapter.size
-        images = min(batch, max(1, _DECODED_PIXELS // (height * width)))
+        images = min(batch, self.piece)
         if images in self._decoded:
             return self._decoded[images]
         with torch.device("meta"), _quiet():

@@ -53,7 +53,7 @@ class Runtime:
     """How the model is loaded where that isn't the default: settings of ``zoo.LoadSettings``, by name."""
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=32)
 def prompt_set(name: str) -> PromptSet:
     """The registered prompt set, made once a process; of several, joined by ``+``, their union.
 
@@ -70,7 +70,7 @@ def prompt_set(name: str) -> PromptSet:
     return made
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def manifest_sha256(name: str, references: bool = True) -> str:
     """The SHA-256 of a prompt set's manifest and of the source that makes it.
 
@@ -324,7 +324,14 @@ class RowPlan:
             "device": self.runtime.device.partition(":")[0],
             "dtype": self.runtime.dtype,
             **({"loading": dict(self.runtime.loading)} if self.runtime.loading else {}),
+            **({"max_tokens": self._max_tokens} if self._max_tokens else {}),
         }
+
+    @cached_property
+    def _max_tokens(self) -> int | None:
+        from lethebench.zoo import find_model
+
+        return find_model(self.model).max_tokens
 
     def fit_key(self, part: int, instance: str = "") -> dict[str, Any]:
         """All that determines a part's fit for an instance: the parts before it, as applied, included.
@@ -334,11 +341,12 @@ class RowPlan:
         sources = self.recipe.sources()
         before = [[p.name, identity_of(p), sources[p.name]] for p in self.recipe.parts[:part]]
         own = self.recipe.parts[part]
+        seen = frozenset().union(*(p.sees for p in self.recipe.parts[: part + 1]))
         return {
             **self._common,
             "what": "fit",
             "suite": self.suite.seed_key,
-            "prompts": manifest_sha256(self.suite.prompt_set, bool(_SEES_IMAGES & own.sees)),
+            "prompts": manifest_sha256(self.suite.prompt_set, bool(_SEES_IMAGES & seen)),
             "fitting": code_sha256(*FITTING_CODE),
             "judges": judges_sha256(),
             "parts": [*before, [own.name, fitted_settings(own), sources[own.name]]],

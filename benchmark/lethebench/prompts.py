@@ -99,6 +99,15 @@ class PromptSet(Protocol):
         ...
 
 
+def plainly(text: str) -> str:
+    """A text without what makes no other prompt of it: case, blanks, a full stop at the end.
+
+    >>> plainly(" A cat  on a mat. ")
+    'a cat on a mat'
+    """
+    return " ".join(text.casefold().split()).rstrip(". ")
+
+
 class Union:
     """Several prompt sets as one: ids and clusters begin with the set's name and a slash.
 
@@ -142,9 +151,9 @@ class Union:
 
     def training_prompts(self) -> Sequence[str]:
         """The training prompts of all sets, each text once; none that any of the sets tests."""
-        tested = {prompt.text for prompt in self}
+        tested = {plainly(prompt.text) for prompt in self}
         texts = dict.fromkeys(text for part in self.parts.values() for text in part.training_prompts())
-        return [text for text in texts if text not in tested]
+        return [text for text in texts if plainly(text) not in tested]
 
     def manifest(self) -> dict[str, Any]:
         """The sets' manifests by name."""

@@ -31,7 +31,7 @@ DC = (
     "page_id,name,urlslug,ID,ALIGN,EYE,HAIR,SEX,GSM,ALIVE,APPEARANCES,FIRST APPEARANCE,YEAR\n"
     '1422,Batman (Bruce Wayne),\\/wiki\\/Batman,Secret Identity,,,,,,,3093,"1939, May",1939\n'
     "9,Tef\\u00e9 Holland (New Earth),\\/wiki,,,,,,,,97,,\n"
-    "10,GenderTest,\\/wiki,,,,,,,,999,,\n"
+    "403631,GenderTest,\\/wiki,,,,,,,,999,,\n"
     "11,Mercury (Roman God) (New Earth),\\/wiki,,,,,,,,,,\n"
 )
 MARVEL = (

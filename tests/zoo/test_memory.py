@@ -167,6 +167,16 @@ def test_the_largest_batch():
     assert [estimate.largest_batch(room) for room in (64, 65, 74, 75, 116)] == [0, 2, 2, 3, 5]
 
 
+def test_a_batch_that_doctor_names_fits_and_one_more_does_not():
+    from lethebench.memory import DryRun, largest_batch, outline, sampling
+    from lethebench.specs import SamplerSettings
+
+    dry = DryRun(outline(find_model("sd-1.4")), SamplerSettings(height=512, width=512), "bfloat16")
+    for room in (4 * GB, 5 * GB, 6 * GB, 20 * GB):
+        most = largest_batch(dry, room)
+        assert most >= 1 and sampling(dry, batch=most).total <= room < sampling(dry, batch=most + 1).total
+
+
 def test_every_published_model_has_its_table():
     for _, entry in MODELS.items():
         assert entry.builtin or {"text_encoder", "vae"} < set(entry.parameters)

@@ -48,13 +48,16 @@ def download(
 ) -> str:
     """Download to ``path``; the SHA-256 of what came.
 
-    The bytes go to ``<path>.part``, which a later call continues (HTTP Range; a server that knows no ranges
-    sends all again), and take their name when the sum is right. Raises RunError, one line: after ``tries``
-    that brought no whole answer (the pauses between them double from ``wait`` seconds), for an answer that
-    another try wouldn't change, and for another sum than ``sha256`` or more bytes than ``size``.
+    The bytes go to ``<path>.part``, which a later call continues (HTTP Range; all is sent again by a server
+    that knows no ranges, and of a file whose sum isn't known), and take their name when the sum is right.
+    Raises RunError, one line: after ``tries`` that brought no whole answer (the pauses between them double
+    from ``wait`` seconds), for an answer that another try wouldn't change, and for another sum than
+    ``sha256`` or more bytes than ``size``.
     """
     part = path.with_name(f"{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
+    if sha256 is None:
+        part.unlink(missing_ok=True)  # nothing would tell bytes of another version
     continued = _length(part) > 0
     _receive(url, part, size, tries, wait, timeout)
     if continued and sha256 not in (None, file_sha256(part)):  # what was there may be of another version

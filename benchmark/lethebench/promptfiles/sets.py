@@ -14,7 +14,7 @@ from lethebench.promptfiles.consent import require_allowed
 from lethebench.promptfiles.readers import Row, Table, format_of, read
 from lethebench.promptfiles.sources import SOURCES, local_file
 from lethebench.promptfiles.specs import USUAL, FileSpec, Layout, Meaning, fill, load_file_spec
-from lethebench.prompts import Prompt, Reference, Role
+from lethebench.prompts import Prompt, Reference, Role, plainly
 from lethebench.seeding import derive_seed
 from lethebench.store import digest, known_sha256
 
@@ -221,8 +221,8 @@ class FilePromptSet:
         order = sorted(items, key=self.order)
         neutral = {i.asks: i.cluster for i in reversed(order) if i.meaning.role is Role.NEUTRAL}
         held = dict(list(neutral.items())[: self.layout.training])
-        clusters = set(held.values())
-        free = [item for item in order if item.asks not in held and item.cluster not in clusters]
+        clusters, said = set(held.values()), {plainly(text) for text in held}
+        free = [item for item in order if plainly(item.asks) not in said and item.cluster not in clusters]
         chosen = {item.id for item in free[: self.layout.limit]}
         drawn.test = [item for item in items if item.id in chosen]
         drawn.training = list(held)
@@ -306,10 +306,14 @@ class FilePromptSet:
     def _listed(self, item_id: str, named: str, where: str) -> tuple[str, ...]:
         """The ids of an item's references: those that the row names, or those named by the row's id."""
         if not named:
-            return self._references_by_item.get(item_id, ())
+            known = self._references
+            whole = (item_id,) if known is not None and item_id in known else ()
+            return whole or self._references_by_item.get(item_id, ())
         ids = [name.strip() for name in named.split("|") if name.strip()]
+        from lethebench.referencing import reference_id
+
         known = self._references
-        found = [i if known is None or i in known else str(Path(i).with_suffix("")) for i in ids]
+        found = [i if known is None or i in known else reference_id(i) for i in ids]
         for name, asked in zip(found, ids, strict=True):
             if known is None or name not in known:
                 raise UserError(

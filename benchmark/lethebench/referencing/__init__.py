@@ -2,7 +2,7 @@
 
 A prompt set that reads its references from disk keeps what :func:`open_references` gives and passes on::
 
-    found = find_references("nemo")            # <data folder>/nemo/references, or None
+    found = find_references("my-set")          # <data folder>/my-set/references, or None
     found = open_references("my/references")   # a folder of images or of indexes, or one index file
     reference_id in found                      # which references there are: a prompt names only these
     found.reference(reference_id)              # the image; UserError of an index

@@ -57,8 +57,8 @@ def open_references(path: str | Path) -> References:
 
 
 def listed(folder: Path) -> list[Path]:
-    """Every file below the folder, in order; hidden ones left out."""
-    files = (path for path in folder.rglob("*") if path.is_file())
+    """Every file below the folder, in order; hidden ones and unfinished indexes left out."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".part")
     return sorted(f for f in files if not any(p.startswith(".") for p in f.relative_to(folder).parts))
 
 

@@ -38,7 +38,7 @@ def find_model(name: str, *, revision: str | None = None) -> ModelEntry:
 
     if name in MODELS:
         entry: ModelEntry = MODELS.get(name)
-        return entry if revision is None or entry.builtin else replace(entry, revision=revision)
+        return entry if revision is None or entry.builtin else replace(entry, revision=revision, mirrors={})
     path = Path(name).expanduser()
     if path.is_dir():
         return ModelEntry(_slug(path.resolve().name), _family(path, name), str(path.resolve()))
@@ -47,7 +47,8 @@ def find_model(name: str, *, revision: str | None = None) -> ModelEntry:
     for _, registered in MODELS.items():
         if not registered.builtin and name in (registered.source, *registered.mirrors):
             pinned = registered.revision if name == registered.source else registered.mirrors[name]
-            found: ModelEntry = replace(registered, source=name, revision=revision or pinned)
+            mirrors = registered.mirrors if revision is None else {}  # which hold the pinned revision
+            found: ModelEntry = replace(registered, source=name, revision=revision or pinned, mirrors=mirrors)
             return found
     if _HUB_ID.fullmatch(name):
         folder = _cached(name, revision)

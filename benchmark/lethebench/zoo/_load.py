@@ -72,14 +72,14 @@ def require_loadable(
     entry = check_model(name, revision=revision)
     _torch_dtype(dtype)
     where = _torch_device(device)
-    if dtype == "float16" and where.type == "cpu":
-        raise UserError("float16 is slow and incomplete on a CPU: use float32 or bfloat16")
     check_loading(loading or LoadSettings(), where, dtype, entry.family)
     return entry
 
 
 def check_loading(loading: LoadSettings, device: torch.device, dtype: str, family: str) -> None:
     """Raise UserError, before anything is read, for settings that can't be had here."""
+    if dtype == "float16" and device.type == "cpu":
+        raise UserError("float16 is slow and incomplete on a CPU: use float32 or bfloat16")
     if loading.offload != "none" and device.type != "cuda":
         raise UserError(
             f"offload={loading.offload} moves weights between a GPU and main memory, and the device is "
