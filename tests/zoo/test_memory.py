@@ -66,9 +66,17 @@ def outline_of(model):
 
 
 def allocated(work):
-    """The most bytes that torch's allocator held at a time beyond what it held before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        work()
+    """The most bytes that torch's allocator held at a time beyond what it held before.
+
+    With one thread: convolutions take room for each of several.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+            work()
+    finally:
+        torch.set_num_threads(threads)
     events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
