@@ -14,8 +14,6 @@ from lethebench import cli_data
 from lethebench.errors import LetheError, UserError
 
 app = typer.Typer(
-    help="Lethe: a benchmark of memorization mitigation in text-to-image diffusion models.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -53,6 +51,26 @@ Allow = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"lethe {version('lethebench')}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def lethe(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Lethe: a benchmark of memorization mitigation in text-to-image diffusion models."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 def main() -> None:

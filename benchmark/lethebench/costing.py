@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
+from itertools import groupby
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -622,12 +623,14 @@ def print_costs(found: Costs) -> None:
         sets.add_row(one.name, _count(one.prompts), _count(one.images), one.how)
     console.print(sets)
     rows = Table("method", "setting", "images", "left", "s/image", "fit", "time", "from", "fit from")
-    for row in found.rows:
+    for _, alike in groupby(found.rows, lambda row: (row.method, row.reason or row.setting)):
+        row, *others = alike  # a method that doesn't apply has one line for all its settings
+        setting = ", ".join((row.setting, *(other.setting for other in others)))
         told = (row.reason or row.rate_from, "" if row.reason else row.fit_from)
         left = "row is there" if row.there else _count(row.images_left)
         more = " + ?" if row.untimed else ""
         rows.add_row(
-            row.method, row.setting, _count(row.images), left, _number(row.seconds_per_image),
+            row.method, setting, _count(row.images), left, _number(row.seconds_per_image),
             _time(row.fit_seconds), _time(row.seconds) + more, *told,
         )  # fmt: skip
     console.print(rows)
@@ -642,7 +645,7 @@ def print_costs(found: Costs) -> None:
 def _told(found: Costs) -> list[str]:
     kind = "GPU" if found.device.startswith("cuda") else "CPU"
     hours = f"{found.hours:.2f} {kind}-hours for fits and images; scoring comes on top"
-    lacking = ", ".join(f"{what} ({count} rows)" for what, count in found.untimed.items())
+    lacking = ", ".join(f"{what} ({count} row{'s' * (count > 1)})" for what, count in found.untimed.items())
     if lacking:
         hours += f". Not in it, for want of a measurement: {lacking}"
     if any("images" in r.untimed and r.rate_from == NO_RATE for r in found.rows):

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,13 @@ def test_doctor_says_what_it_found(tmp_path: Path) -> None:
     bad = lethe("doctor", "mini-sd", "--runs", "/proc/runs")
     assert bad.returncode == 1
     assert "PROBLEM" in bad.stdout
+
+
+def test_alone_it_shows_its_commands_and_it_tells_its_version() -> None:
+    alone, helped, version = lethe(), lethe("--help"), lethe("--version")
+    assert alone.returncode == helped.returncode == version.returncode == 0
+    assert "bench" in alone.stdout and alone.stdout.split() == helped.stdout.split()
+    assert version.stdout.strip() == f"lethe {metadata.version('lethebench')}"
 
 
 @pytest.mark.parametrize(

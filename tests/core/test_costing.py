@@ -239,6 +239,16 @@ def test_the_command_prints_the_plan_and_starts_nothing(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_method_that_does_not_apply_has_one_line(
+    tiny_suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["bench", "flowedit", "--suite", str(tiny_suite), "--runs", str(tmp_path / "runs"), "--plan"]
+    app(asked, standalone_mode=False)
+    told = capsys.readouterr().out
+    assert sum(line.startswith("│ flowedit ") for line in told.splitlines()) == 1
+    assert all(name in told for name in METHODS.get("flowedit").strengths)
+
+
 def test_measure_and_rate_belong_to_a_plan(tiny_suite: Path) -> None:
     for more in (["--measure"], ["--rate", "1"]):
         with pytest.raises(UserError, match="belong to --plan"):
