@@ -31,7 +31,7 @@ from lethebench.specs import load_suite, suite_names
 from lethebench.zoo import load_model
 
 BOARD = "tiny@1/tiny-sd"
-ATTACKED = ["planted", "planted-flux", "planted-flux-few-step", "smoke", "smoke-flux", "train", "train-smoke", "train-text"]
+ATTACKED = ["planted", "planted-flux", "planted-flux-few-step", "smoke", "train", "train-smoke", "train-text"]
 
 
 def attacked(name: str, suite: Path, runs: Path, **options) -> Attacked:
