@@ -650,9 +650,12 @@ def _looks(rows: Sequence[Row]) -> dict[str, tuple[int, str]]:
 
 
 def _resolution(rows: Sequence[Row], headline: str) -> float | None:
-    """From the median half-width h of the paired intervals: 80 % power at 5 % needs 2.8 / 1.96 h."""
+    """From the median half-width h of the paired intervals: 80 % power at 5 % needs 2.8 / 1.96 h.
+
+    An interval without width (every cluster differs alike) says nothing about it.
+    """
     scores = [r.scores[headline] for r in rows if not r.control and headline in r.scores]
-    halves = [(d.high - d.low) / 2 for s in scores if (d := s.base_difference) is not None]
+    halves = [(d.high - d.low) / 2 for s in scores if (d := s.base_difference) and d.high > d.low]
     return median(halves) * (1.96 + 0.84) / 1.96 if halves else None
 
 

@@ -210,7 +210,7 @@ class Board {
       if (!row.classList.contains("control")) { total += 1; shown += fits; }
     }
     one(".empty", this.table).hidden = shown > 0 || total === 0;
-    one(".count", this.section).textContent = shown === total ? `${total} rows` : `${shown} of ${total} rows`;
+    one(".count", this.section).textContent = shown === total ? `${total} row${total === 1 ? "" : "s"}` : `${shown} of ${total} rows`;
   }
 
   /* The state as it stands in the address, so that a view can be sent to somebody. */
