@@ -114,12 +114,19 @@ class Flickr30k(FilePromptSet):
 
 @PROMPT_SETS.register
 class Laion(FilePromptSet):
-    """5,000 LAION captions of a file that you give, and 512 others to fit on."""
+    """5,000 LAION captions of a file that you give, and 512 others to fit on.
+
+    Of more than 100,000 rows so many are drawn first: a shard of LAION-400M has 13 million.
+    """
 
     name = "laion"
     summary = "5,000 captions of a LAION file that you give, and 512 others held out to fit methods on"
     files = ("laion/captions.parquet",)
     layout = Layout(role=Role.NEUTRAL, kind="caption", empty="skip", limit=5000, training=512)
+
+    def tables(self) -> Sequence[Table]:
+        """The file's table, or of a large one 100,000 rows."""
+        return [self.read(self.files[0], at_most=100_000)]
 
 
 @PROMPT_SETS.register

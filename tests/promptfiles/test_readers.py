@@ -72,6 +72,18 @@ def test_parquet_rows_read_as_jsonl_rows_do(tmp_path):
     assert cells(table, "seeds") == ["[1, 2]", ""]
 
 
+def test_of_a_large_parquet_file_rows_are_drawn(tmp_path):
+    path = made.write(tmp_path, "a.parquet", [{"caption": f"c{i}"} for i in range(200_001)])
+    drawn = read(path, "parquet", at_most=1000)
+    numbers = [row.line for row in drawn.rows]
+    assert len(set(numbers)) == 1000
+    assert numbers == sorted(numbers)
+    assert cells(drawn, "caption") == [f"c{number - 1}" for number in numbers]
+    assert all(250 < sum(low < n <= low + 66_667 for n in numbers) < 420 for low in (0, 66_667, 133_334))
+    assert drawn == read(path, "parquet", at_most=1000)
+    assert read(path, "parquet", at_most=200_001) == read(path, "parquet")
+
+
 def test_ragged_rows_fail_are_mended_or_left_out(tmp_path):
     path = made.write(tmp_path, "a.csv", "a,b\n1,2\n\n3\n4,5\n")
     with pytest.raises(UserError, match=r"a\.csv: line 4 has 1 cells where the header has 2: mend it"):

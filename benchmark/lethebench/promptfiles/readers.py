@@ -14,9 +14,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lethebench.errors import UserError
+from lethebench.seeding import derive_seed
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Format = Literal["csv", "tsv", "jsonl", "lines", "parquet"]
 TEXT = "text"
@@ -93,6 +97,7 @@ def read(
     blanks: bool = False,
     leave_out_ragged: bool = False,
     mend: Mend | None = None,
+    at_most: int | None = None,
 ) -> Table:
     """The file's rows. Raises UserError, with the file, the line and what to do.
 
@@ -103,12 +108,13 @@ def read(
     - ``jsonl``: an object a line. Null and missing keys read "", lists and objects their JSON.
     - ``lines``: a text a line, split on line feeds alone (other line breaks are part of the text), in the one
       column ``text``; what follows the last line feed is a line where it isn't empty.
-    - ``parquet``: as ``jsonl``.
+    - ``parquet``: as ``jsonl``. Of a longer file ``at_most`` rows, drawn by their number: a shard of LAION
+      has millions, which needn't fit into memory.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     if form == "parquet":
-        return _parquet(path)
+        return _parquet(path, at_most)
     text = _text(path)
     if form == "lines":
         return _lines(path, text)
@@ -212,18 +218,36 @@ def _jsonl(path: Path, text: str) -> Table:
     return _records(path, rows)
 
 
-def _parquet(path: Path) -> Table:
+def _parquet(path: Path, at_most: int | None) -> Table:
+    import numpy as np
     import pyarrow
     import pyarrow.parquet
 
     with path.open("rb") as file:
         _refuse_pointer(path, file.read(len(_LFS)))
+    rows: list[tuple[int, Mapping[str, Any]]] = []
     try:
-        found = pyarrow.parquet.read_table(path).to_pylist()
+        with pyarrow.parquet.ParquetFile(path) as table:
+            drawn, begins = _drawn_rows(table.metadata.num_rows, at_most), 0
+            for batch in table.iter_batches():
+                first, last = np.searchsorted(drawn, (begins, begins + batch.num_rows))
+                inside = drawn[first:last]
+                rows += zip((inside + 1).tolist(), batch.take(inside - begins).to_pylist(), strict=True)
+                begins += batch.num_rows
     except (pyarrow.ArrowException, OSError) as error:
-        first = str(error).splitlines()[0]
-        raise UserError(f"{path} is not a Parquet file that can be read ({first}): get it again") from error
-    return _records(path, list(enumerate(found, 1)))
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is not a Parquet file that can be read ({reason}): get it again") from error
+    return _records(path, rows)
+
+
+def _drawn_rows(count: int, at_most: int | None) -> np.ndarray:
+    """The rows to read of so many, in order."""
+    import numpy as np
+
+    if at_most is None or count <= at_most:
+        return np.arange(count)
+    order = np.random.RandomState(derive_seed("rows of a file", count) % 2**32).permutation(count)
+    return np.sort(order[:at_most])
 
 
 def _records(path: Path, found: Sequence[tuple[int, Mapping[str, Any]]]) -> Table:
