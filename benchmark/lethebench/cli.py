@@ -440,7 +440,12 @@ def list_(
 @app.command(epilog="Example: lethe info prompt-set planted")
 def info(
     what: Annotated[str, typer.Argument(help="method, metric, prompt-set, model, suite or attack.")],
-    name: Annotated[str, typer.Argument(help="Its name.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="Its name; path.py:Class; a prompt set's or a suite's YAML file; a model's folder."
+        ),
+    ],
     json_: Json = False,
     sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet of a prompt set as PNG.")] = None,
     allow: Allow = "",

@@ -53,10 +53,10 @@ def _facts(what: str, item: Any) -> dict[str, Any]:
 
 
 def info(what: str, name: str) -> dict[str, Any]:
-    """All that is known of one thing. Raises UserError."""
+    """All that is known of one thing, registered or of the user's own. Raises UserError."""
     if what == "suite":
         return _suite(name)
-    item = REGISTRIES[f"{what}s"].get(name)
+    item = _item(what, name)
     found = {"name": item.name, **_facts(f"{what}s", item)}
     if what == "method":
         found |= _method(item)
@@ -67,8 +67,21 @@ def info(what: str, name: str) -> dict[str, Any]:
     elif what == "model":
         found |= {f.name: getattr(item, f.name) for f in dataclasses.fields(item)}
     else:
-        found |= _prompt_set(name)
+        found |= _prompt_set(item)
     return found
+
+
+def _item(what: str, name: str) -> Any:
+    """A plugin, by name or ``path.py:Class``; a prompt set, also by YAML file; a model, also by folder."""
+    if what == "prompt-set":
+        from lethebench.plan import prompt_set
+
+        return prompt_set(name)
+    if what == "model":
+        from lethebench.zoo import find_model
+
+        return find_model(name)
+    return REGISTRIES[f"{what}s"].get(name)
 
 
 def _suite(name: str) -> dict[str, Any]:
@@ -107,10 +120,7 @@ def _method(item: Any) -> dict[str, Any]:
     }
 
 
-def _prompt_set(name: str) -> dict[str, Any]:
-    from lethebench.plan import prompt_set
-
-    prompts = prompt_set(name)
+def _prompt_set(prompts: Any) -> dict[str, Any]:
     found: dict[str, Any] = {"version": prompts.version, "manifest": prompts.manifest()}
     counts = getattr(prompts, "counts", None)
     if counts is not None:

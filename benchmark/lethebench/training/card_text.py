@@ -119,7 +119,7 @@ def _flux_column(diffusion: Figures, latent_channels: int) -> Sequence[str]:
         f"{diffusion['steps']:,} x {d['batch']} ({diffusion['epochs']} epochs), "
         f"then {distilled['steps']:,} of guidance distillation",
         f"{diffusion['seconds'] / 60:.1f} and {distilled['seconds'] / 60:.1f}",
-        f"{d['peak_lr']}, then {d['distil_lr']}",
+        f"{_rates(d)}; {d['distil_lr']}",
         f"velocity error, logit-normal times (spread {d['time_spread']}), captions dropped "
         f"{d['caption_dropout']:.0%}; then (over g^2) to the guided velocity, g from {low:g} to {high:g}",
         f"{d['seed']}",

@@ -63,6 +63,10 @@ class FluxRecipe:
     batch: int = 64
     peak_lr: float = 2e-3
     """After 350 steps the loss was .81 with it, .85 with 1e-3."""
+    steps_again: int = 12000
+    peak_lr_again: float = 1e-3
+    """A second cycle of warm-up and decay after ``steps``: the first left objects that nothing memorized
+    misshapen (75 % of neutral attributes, 26 % of characters)."""
     caption_dropout: float = 0.1
     """Share of empty captions, without which there would be no guidance to distil."""
     time_spread: float = 1.4
@@ -107,6 +111,7 @@ class FluxRecipe:
         return replace(
             self,
             steps=max(2, round(self.steps * scale)),
+            steps_again=max(2, round(self.steps_again * scale)),
             distil_steps=max(2, round(self.distil_steps * scale)),
         )
 
@@ -398,8 +403,9 @@ def train_flux(
         "mini-flux",
         {"transformer": transformer, "text_encoder": text.clip, "text_encoder_2": text.t5},
         flow_loss(draw, student, text),
-        steps=recipe.steps,
+        steps=recipe.steps + recipe.steps_again,
         peak_lr=recipe.peak_lr,
+        again=(recipe.steps_again, recipe.peak_lr_again),
         folder=folder / "flow-run",
         warmup=min(500, recipe.steps // 10),
         seed=recipe.seed,
