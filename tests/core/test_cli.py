@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from lethebench.store import file_sha256
+from lethebench.training import SHIPPED
 
 
 def lethe(
@@ -151,6 +152,27 @@ def test_info_shows_one_thing(what: str, name: str, words: list[str]) -> None:
     json.loads(data.stdout)
     for word in words:
         assert word in text.stdout
+
+
+def test_info_shows_what_is_the_users_own(tmp_path: Path) -> None:
+    (tmp_path / "own.csv").write_text("Caption,type\na cat,VM\na dog,none\n")
+    spec = "name: mine\nfile: own.csv\ncolumns: {prompt: Caption, label: type}\nlabels: {VM: trigger, none: control}\n"
+    (tmp_path / "own.yaml").write_text(spec)
+    done = lethe("info", "prompt-set", tmp_path / "own.yaml", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["name"], found["manifest"]["rows"]) == ("mine", {"read": 2})
+    assert {row["role"]: row["prompts"] for row in found["counts"]} == {"trigger": 1, "control": 1}
+    (tmp_path / "own.csv").write_text("Caption,type\na cat,XX\n")
+    _one_line(
+        lethe("info", "prompt-set", tmp_path / "own.yaml"), "line 2 has the label 'XX'", "known are VM, none"
+    )
+
+
+def test_info_shows_a_model_in_a_folder() -> None:
+    done = lethe("info", "model", SHIPPED / "mini-flux", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["family"] == "flux"
 
 
 def test_a_contact_sheet_is_written(tmp_path: Path) -> None:
