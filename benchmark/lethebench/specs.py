@@ -225,7 +225,7 @@ def suite_names() -> list[str]:
 
 
 def first_error(error: ValidationError) -> str:
-    """The first validation error in one line: where, what."""
+    """The first validation error in one line: where (unless it is the whole), what."""
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return f"{where}: {first['msg']}"
+    what = first["msg"].removeprefix("Value error, ")
+    return ": ".join([".".join(map(str, first["loc"])), what] if first["loc"] else [what])

@@ -170,7 +170,7 @@ def test_bad_specs_are_one_line(load, changes, says):
             r"which column holds the prompts\? It has 'a', 'b'; say `columns: \{prompt: \.\.\}`",
         ),
         ("prompt,caption\n1,2\n", {}, "columns 'prompt' and 'caption' may both be the prompt"),
-        ("prompt\n\n", {}, "no prompts in own.csv"),
+        ("prompt\n\n", {}, "no prompts in own.csv$"),
         ("prompt,n\na,1\n  ,2\n", {}, "line 3 asks for nothing: fill it in"),
         ("prompt,id\na,1\nb,1\n", {}, r"line 3 has the id '1' of .*own\.csv: line 2: ids must differ"),
         ("a,b\n1,2\n", {"templates": ["x {n}"]}, "which column holds the prompts"),

@@ -228,7 +228,8 @@ class FilePromptSet:
         drawn.training = list(held)
         if not drawn.test:
             raise UserError(
-                f"prompt set '{self.name}': no prompts in {', '.join(self.files)} but those held out"
+                f"prompt set '{self.name}': no prompts in {', '.join(self.files)}"
+                + (" but those held out" if held else "")
             )
         return drawn
 
