@@ -569,8 +569,9 @@ def doctor(
         print(json.dumps([f.as_dict() for f in findings], indent=1))
     else:
         for finding in findings:
-            print(f"{'ok' if finding.ok else 'PROBLEM':<8} {finding.what}: {finding.detail}")
-    if not all(f.ok for f in findings):
+            said = {True: "ok", False: "PROBLEM", None: "note"}[finding.ok]
+            print(f"{said:<8} {finding.what}: {finding.detail}")
+    if any(f.ok is False for f in findings):
         raise LetheError("problems were found; each line above says what to do")
 
 

@@ -628,10 +628,10 @@ def print_costs(found: Costs) -> None:
         setting = ", ".join((row.setting, *(other.setting for other in others)))
         told = (row.reason or row.rate_from, "" if row.reason else row.fit_from)
         left = "row is there" if row.there else _count(row.images_left)
-        more = " + ?" if row.untimed else ""
+        fit_lacks = any(what != "images" for what in row.untimed)
         rows.add_row(
             row.method, setting, _count(row.images), left, _number(row.seconds_per_image),
-            _time(row.fit_seconds), _time(row.seconds) + more, *told,
+            _known(row.fit_seconds, fit_lacks), _known(row.seconds, bool(row.untimed)), *told,
         )  # fmt: skip
     console.print(rows)
     for line in _told(found):
@@ -676,6 +676,13 @@ def _time(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _known(seconds: float, lacking: bool) -> str:
+    """A time of which a part may be unknown."""
+    if not lacking:
+        return _time(seconds)
+    return f"{_time(seconds)} + ?" if seconds else "unknown"
 
 
 def _size(size: int | None) -> str:

@@ -25,10 +25,13 @@ LARGE_GPU = 80 * GB
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was examined. ``detail`` says what was found, or what to do."""
+    """One thing that was examined. ``detail`` says what was found, or what to do.
+
+    ``ok`` is None for what is only told: a problem to those alone who want just that.
+    """
 
     what: str
-    ok: bool
+    ok: bool | None
     detail: str
 
     def as_dict(self) -> dict[str, object]:
@@ -195,14 +198,14 @@ def _needs(found: Outline, machine: Machine, dtype: str, loading: LoadSettings) 
         text = f"weights pass through main memory: {_gb(taken)} of {_gb(machine.main)}"
         findings.append(Finding("main memory", taken < machine.main, text))
     plain, thrifty = (uniforget(dry, dtype, LoadSettings(checkpointing=c)) for c in (False, True))
-    findings.append(Finding("UniForget's fit", True, _fit(plain, thrifty, machine.room)))
+    findings.append(Finding("UniForget's fit", None, _fit(plain, thrifty, machine.room)))
     if taken > GB:
         half = weights(found, "bfloat16")
         large = LARGE_GPU - CONTEXT
         most = largest_batch(dry("bfloat16"), large)
         fit = _fit(replace(plain, weights=half), replace(thrifty, weights=half), large)
         text = f"in bfloat16, sampling: batches of up to {most}; UniForget's fit: {fit}"
-        findings.append(Finding("one 80 GB GPU", True, text))
+        findings.append(Finding("one 80 GB GPU", None, text))
     return findings
 
 

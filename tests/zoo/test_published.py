@@ -12,7 +12,7 @@ from lethebench.errors import UserError
 from lethebench.memory import GB, DryRun, outline, sampling
 from lethebench.registry import MODELS
 from lethebench.zoo import LoadSettings, check_model, find_model, load_model
-from lethebench.zoo._files import download_command, missing_files
+from lethebench.zoo._files import fetch_command, missing_files
 
 PUBLISHED = {name: entry for name, entry in MODELS.items() if not entry.builtin}
 NAMES = [
@@ -63,7 +63,7 @@ def test_the_pinned_revision_is_what_is_loaded(cache):
     entry = PUBLISHED["sd-1.4"]
     stored(cache, entry.source, "a" * 40)
     with pytest.raises(
-        UserError, match=f"hf download CompVis/stable-diffusion-v1-4 --revision {entry.revision}"
+        UserError, match=f"lethe fetch CompVis/stable-diffusion-v1-4 --revision {entry.revision}"
     ):
         load_model("sd-1.4")
     stored(cache, entry.source, entry.revision)
@@ -88,7 +88,7 @@ def test_what_a_cut_download_lacks(cache):
     assert missing_files(folder) == []
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     shutil.rmtree(folder / "tokenizer")
-    with pytest.raises(UserError, match=r"lacks .* and 1 more: fetch it again with `hf download") as error:
+    with pytest.raises(UserError, match=r"lacks .* and 1 more: fetch it again with `lethe fetch") as error:
         check_model("sd-1.5")
     assert "\n" not in str(error.value)
     (folder / "vae" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"a variant that isn't loaded")
@@ -113,7 +113,7 @@ def test_doctor_says_what_is_missing(cache, tmp_path):
     missing = found["model sd-1.4"]
     assert (
         not missing.ok
-        and download_command("CompVis/stable-diffusion-v1-4", PUBLISHED["sd-1.4"].revision) in missing.detail
+        and fetch_command("CompVis/stable-diffusion-v1-4", PUBLISHED["sd-1.4"].revision) in missing.detail
     )
     assert "CreativeML OpenRAIL-M" in missing.detail and "gated" not in missing.detail
     assert "4.3 GB" in found["room for the model"].detail

@@ -135,7 +135,7 @@ def test_a_truncated_file_without_a_record(folders, tmp_path):
     [
         ("mini-ds", "did you mean mini-sd"),
         ("./nowhere", "model folder not found"),
-        ("nobody/nothing-at-all", "hf download nobody/nothing-at-all"),
+        ("nobody/nothing-at-all", "lethe fetch nobody/nothing-at-all"),
     ],
 )
 def test_names_that_lead_nowhere(name, message, tmp_path, monkeypatch):

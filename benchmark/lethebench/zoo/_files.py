@@ -192,23 +192,13 @@ def _repair(entry: ModelEntry) -> str:
     if entry.builtin:
         return "restore it (`git checkout` in a clone), install lethebench again, or run `make models`"
     if not Path(entry.source).is_absolute():
-        return f"fetch it again with `{download_command(entry.source, entry.revision)}`"
+        return f"fetch it again with `{fetch_command(entry.source, entry.revision)}`"
     return "copy or save the model again"
 
 
-def download_command(source: str, revision: str | None) -> str:
+def fetch_command(source: str, revision: str | None) -> str:
     """The command that fetches the files of a hub id that Lethe loads, and no others, into the cache."""
-    at = f" --revision {revision}" if revision else ""
-    wanted = (
-        "model_index.json",
-        "*/*.json",
-        "*/*.txt",
-        "*/*.model",
-        "*/diffusion_pytorch_model*.safetensors",
-    )
-    kept = " ".join(f"--include '{pattern}'" for pattern in (*wanted, "*/model*.safetensors"))
-    left = " ".join(f"--exclude '{pattern}'" for pattern in ("*.fp16*", "*non_ema*", "safety_checker/*"))
-    return f"hf download {source}{at} {kept} {left}"
+    return f"lethe fetch {source}" + (f" --revision {revision}" if revision else "")
 
 
 def _family(folder: Path, name: str) -> Family:
@@ -235,7 +225,7 @@ def _cached(name: str, revision: str | None) -> Path:
     if folder is None:
         raise UserError(
             f"model '{name}' is no local folder and not in the local Hugging Face cache: "
-            f"Lethe downloads nothing by itself; fetch it with `{download_command(name, revision)}`"
+            f"Lethe downloads nothing by itself; fetch it with `{fetch_command(name, revision)}`"
         )
     return folder
 
