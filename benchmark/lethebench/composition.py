@@ -74,12 +74,8 @@ class Recipe:
 
     def unsupported(self, model_family: str) -> str | None:
         """Why the recipe doesn't apply to a family of models, or None."""
-        for part in self.parts:
-            if model_family not in part.model_families:
-                reason = f": {part.unsupported_reason}" if part.unsupported_reason else ""
-                known = ", ".join(sorted(part.model_families))
-                return f"{part.name} supports {known}, not {model_family}{reason}"
-        return None
+        found = (part.unsupported(model_family) for part in self.parts)
+        return next((reason for reason in found if reason), None)
 
     def substitute(self, prompt: Prompt, prompts: Mapping[str, Prompt]) -> Prompt:
         """The prompt to draw and score in place of ``prompt``."""

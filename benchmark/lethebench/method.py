@@ -284,6 +284,13 @@ class Method(ABC):
         """What of ``knowledge`` these settings use: what the task holds and the row says. Default: all."""
         return self.knowledge
 
+    def unsupported(self, model_family: str) -> str | None:
+        """Why it doesn't apply to a family of models, or None. To extend where settings decide that too."""
+        if model_family in self.model_families:
+            return None
+        reason = f": {self.unsupported_reason}" if self.unsupported_reason else ""
+        return f"{self.name} supports {', '.join(sorted(self.model_families))}, not {model_family}{reason}"
+
     def fit(self, task: Task) -> Artefact:
         """Learn from the task, once. The result must depend only on settings and task."""
         return Artefact()

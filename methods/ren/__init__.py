@@ -39,7 +39,9 @@ class Ren(Method):
     Joint attention (ours; the paper has cross-attention only): the text tokens after the prompt are masked as
     keys for every query, so that the result is the one without these tokens. In SD 3 they are those of the
     CLIP part and those of the T5 part; l is that of the CLIP part's begin token, raised for the image's
-    queries. T5 has no begin token, so that in FLUX ``c1`` does nothing. Pooled embeddings are left alone.
+    queries. T5 has no begin token, so that in FLUX there is nothing for ``c1`` to raise: strengths with it
+    do not apply there, and ``mask`` (with ``mask=summary`` as a setting) is left. Pooled embeddings are left
+    alone.
 
     Released code: one image a batch, 77 tokens and 8 heads written into it. The training-time mitigation of
     the paper isn't there.
@@ -90,6 +92,15 @@ class Ren(Method):
             raise ValueError(f"form is {' or '.join(self.forms)}, not '{self.form}'")
         if self.prompts < 1:
             raise ValueError(f"prompts must be at least 1, not {self.prompts}")
+
+    def unsupported(self, model_family: str) -> str | None:
+        """Why it doesn't apply: by family, and on FLUX with a ``c1`` that would do nothing."""
+        if model_family == "flux" and self.c1 != 1:
+            return (
+                "ren raises the attention to CLIP's begin token by c1, and FLUX attends to T5's tokens, which "
+                "have none: give c1=1 (strength mask), which leaves the masks"
+            )
+        return super().unsupported(model_family)
 
     def fit(self, task: Task) -> Artefact:
         """Measure the begin token's logit while neutral prompts are drawn. No tensors."""

@@ -402,6 +402,15 @@ def test_bad_settings_are_refused(settings, message):
         configure(Ren, "medium", settings)
 
 
+def test_on_flux_only_the_masks_apply():
+    for strength in Ren.strengths:
+        reason = configure(Ren, strength, {}).unsupported("flux")
+        assert (reason is None) == (strength == "mask")
+        assert reason is None or "T5's tokens, which have none" in reason
+        assert configure(Ren, strength, {"c1": 1.0}).unsupported("flux") is None
+        assert configure(Ren, strength, {}).unsupported("sd3") is None
+
+
 def test_fused_joint_attention_is_refused_and_put_back():
     model = wrap(tiny_sd3())
     model.denoiser.fuse_qkv_projections()
