@@ -97,8 +97,8 @@ class Ren(Method):
         """Why it doesn't apply: by family, and on FLUX with a ``c1`` that would do nothing."""
         if model_family == "flux" and self.c1 != 1:
             return (
-                "ren raises the attention to CLIP's begin token by c1, and FLUX attends to T5's tokens, which "
-                "have none: give c1=1 (strength mask), which leaves the masks"
+                "ren raises the attention to CLIP's begin token by c1, and FLUX attends to T5's tokens, "
+                "which have none: give c1=1 (strength mask), which leaves the masks"
             )
         return super().unsupported(model_family)
 
