@@ -288,6 +288,13 @@ def test_other_endings_serve_where_no_layout_is_published(data):
         list(fresh("laion"))
 
 
+def test_of_a_large_laion_file_so_many_rows_are_drawn(data):
+    made.write(data, "laion/captions.parquet", [{"TEXT": f"t{i}"} for i in range(100_500)])
+    prompts = fresh("laion")
+    assert (len(prompts), len(prompts.training_prompts())) == (5000, 512)
+    assert prompts.manifest()["rows"] == {"read": 100_000}
+
+
 def test_references_in_the_data_folder_are_a_prompts_own(data):
     import numpy as np
     from PIL import Image

@@ -112,10 +112,6 @@ class Subject:
 
         return sample(self.model, self.keys, self.sampler, batch_size=4)
 
-    def supported(self) -> bool:
-        """Whether the method supports the model's family."""
-        return self.model.family in self.cls.model_families
-
 
 def check_declares_its_facts(subject: Subject) -> None:
     """Name, summary, family, knowledge and model families are declared with the right types."""
@@ -345,9 +341,8 @@ def applicable(subject: Subject, name: str) -> str | None:
     """Why a check doesn't apply, or None."""
     if name in _STATIC:
         return None
-    if not subject.supported():
-        reason = f": {subject.cls.unsupported_reason}" if subject.cls.unsupported_reason else ""
-        return f"the method doesn't support models of family {subject.model.family}{reason}"
+    if reason := subject.method.unsupported(subject.model.family):
+        return reason
     if name == "off_is_base" and subject.cls.off is None:
         has_settings = dataclasses.is_dataclass(subject.cls) and bool(dataclasses.fields(subject.cls))
         if subject.cls.family is not Family.SAMPLING or not has_settings:
